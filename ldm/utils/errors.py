@@ -1,0 +1,35 @@
+"""Errors that end as one line on the terminal: what is wrong, the value, what was expected, what to do."""
+
+
+class LdmError(Exception):
+    """Base of every error a user can cause; entry points print its message as one line and exit with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(LdmError):
+    """A setting that cannot be: an unknown key, an impossible size, zero steps."""
+
+    exit_code = 2
+
+
+class DataError(LdmError):
+    """A dataset, image, caption or prompt that cannot be used."""
+
+    exit_code = 3
+
+
+class WeightsError(LdmError):
+    """A weights file that is malformed, incomplete, or made for another network."""
+
+    exit_code = 4
+
+
+class CheckpointError(WeightsError):
+    """A checkpoint of ours that is incomplete, damaged, or belongs to another run."""
+
+
+class NonFiniteError(LdmError):
+    """The loss or the gradients stopped being numbers."""
+
+    exit_code = 5
