@@ -1,0 +1,153 @@
+"""The page of wiring: nodes of a config become objects, in the order in which they depend on each other.
+
+data -> codec -> conditioner -> network -> denoiser -> objective. The data and the codec dictate the interface numbers
+of the network (`???` in its YAML). Every function takes plain dicts; nothing below this page knows a config.
+"""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.utils.errors import ConfigError
+
+if TYPE_CHECKING:  # torch is imported when the first object is built, not when a config is composed
+    from torch import nn
+
+MISSING = "???"
+
+
+def config_dir() -> Path:
+    """The `configs/` folder: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).resolve().parent
+    beside = package.parent / "configs"
+    return beside if beside.is_dir() else package / "configs"
+
+
+def compose(config_name: str, overrides: Iterable[str] = ()) -> dict:
+    """A config as a plain, resolved dict, as the command line would compose it."""
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return plain(hydra.compose(config_name, overrides=list(overrides)))
+
+
+def plain(cfg: DictConfig) -> dict:
+    """Resolved dict of a config; `???` stays where the wiring will fill a number in."""
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+
+
+def locate(target: str) -> Callable:
+    """The function or class a `_target_` names; only what `ldm` itself defines, so a config can run nothing else."""
+    module, _, name = str(target).rpartition(".")
+    refused = ConfigError(f"_target_ '{target}' is not a function or class of ldm; only those can be built")
+    if not all(part.isidentifier() for part in f"{module}.{name}".split(".")) or module.split(".")[0] != "ldm":
+        raise refused
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise refused from None
+    if not callable(found) or not str(found.__module__).startswith("ldm."):
+        raise refused
+    return found
+
+
+def make(node: dict, **interface: Any) -> Any:
+    """Build the object a node describes; `interface` fills the arguments that its YAML leaves open (`???` or absent).
+
+    A key the constructor does not have is answered with the nearest one it has; a number that contradicts the
+    interface, or stays open, is named. `_partial_: true` gives a function with its knobs set.
+    """
+    node = dict(node)
+    target = locate(node.pop("_target_", None))
+    is_partial = node.pop("_partial_", False)
+    label = f"{target.__module__}.{target.__qualname__}"
+    accepted = inspect.signature(target).parameters
+    for name, value in node.items():
+        if name not in accepted:
+            close = difflib.get_close_matches(name, accepted, 1)
+            hint = f"; did you mean '{close[0]}'?" if close else f"; it takes {', '.join(accepted)}"
+            raise ConfigError(f"{label} has no argument '{name}'{hint}")
+        offered = interface.get(name, value)
+        if value not in (None, MISSING, offered):
+            raise ConfigError(f"{label}: {name}={value} in the config, but the rest of the system gives {offered}")
+    arguments = node | {name: value for name, value in interface.items() if name in accepted}
+    if open_ := [name for name, value in arguments.items() if isinstance(value, str) and value == MISSING]:
+        raise ConfigError(f"{label}: nothing sets {', '.join(open_)}; give a number in the config")
+    return partial(target, **arguments) if is_partial else target(**arguments)
+
+
+def fill(node: dict, **numbers: Any) -> dict:
+    """The node with every open number (`???`) filled in, ready to be stored in a checkpoint's config."""
+    return {name: numbers.get(name, value) if value == MISSING else value for name, value in node.items()}
+
+
+def build_conditioner(node: dict, data: Any = None, tokenizer: str | None = None) -> tuple[Any, dict, dict[str, bytes]]:
+    """Conditioner, its completed node, and the files a checkpoint needs to rebuild it.
+
+    The vocabulary and the classes come from the dataset, or, for a checkpoint, from its files and its config.
+    """
+    from ldm.conditioning.conditioner import Conditioner
+    from ldm.conditioning.tokenizers import Tokenizer
+
+    if not node:
+        return Conditioner({}), node, {}
+    objects, files = {}, {}
+    if "tokenizer" in node:
+        train = make({**node["tokenizer"], "_partial_": True})
+        objects["tokenizer"] = Tokenizer.from_json(tokenizer) if tokenizer else train(data.captions())
+        files["tokenizer.json"] = objects["tokenizer"].to_json().encode()
+    classes = data.class_names if data else None
+    nodes = {
+        name: fill(encoder, num_classes=len(classes) if classes else MISSING, class_names=classes)
+        for name, encoder in node["encoders"].items()
+    }
+    encoders = {name: make(encoder, **objects) for name, encoder in nodes.items()}
+    return Conditioner(encoders, dropout=node["dropout"]), {**node, "encoders": nodes}, files
+
+
+def build_codec(node: dict) -> Any:
+    """Codec of a completed node: a pixel codec, or a latent codec whose `autoencoder` is a network node."""
+    node = dict(node)
+    objects = {"autoencoder": make(node.pop("autoencoder"))} if "autoencoder" in node else {}
+    return make(node, **objects)
+
+
+def build_network(node: dict, codec: Any, conditioner: Any) -> "tuple[nn.Module, dict]":
+    """Network and its completed node; a condition that the network has no place for is an error, not ignored."""
+    for name in conditioner.dims:
+        if name not in node:
+            raise ConfigError(f"{node['_target_']} has no '{name}', so it cannot take what this conditioner gives")
+    node = fill(node, in_channels=codec.channels, out_channels=codec.channels, **conditioner.dims)
+    return make({name: None if value == MISSING else value for name, value in node.items()}), node
+
+
+def build_objective(cfg: dict, codec: Any, conditioner: Any) -> "tuple[nn.Module, nn.Module, dict]":
+    """The objective, made of the parts that its constructor asks for by name; the network; the network's node."""
+    from ldm.diffusion.denoiser import Denoiser
+
+    wanted = inspect.signature(locate(cfg["objective"]["_target_"])).parameters
+    network, node = build_network(cfg["network"], codec, conditioner)
+    parts: dict[str, Callable[[], Any]] = {
+        "autoencoder": lambda: network,
+        "denoiser": lambda: Denoiser(network, make(cfg["process"]), make(cfg["prediction"])),
+        "codec": lambda: codec,
+        "conditioner": lambda: conditioner,
+        "density": lambda: make(cfg["density"]),
+        "weighting": lambda: make(cfg["weighting"]),
+        "discriminator": lambda: make(cfg["discriminator"]) if cfg["discriminator"] else None,
+        "perceptual": lambda: make(cfg["perceptual"]) if cfg["perceptual"] else None,
+    }
+    objects = {name: part() for name, part in parts.items() if name in wanted}
+    return make(cfg["objective"], **objects), network, node
+
+
+def write_config(path: Path, cfg: dict) -> None:
+    """The resolved config as YAML, for people; programs read the checkpoint's config.json."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(cfg), path)
+

@@ -1,0 +1,83 @@
+"""The training objective of every diffusion model here: a weighted squared error of what the network predicts."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ldm.diffusion.denoiser import Denoiser
+from ldm.utils.seeding import Noise, keys, normal, uniform
+from ldm.utils.tensors import pad_dims
+
+
+class DiffusionObjective(nn.Module):
+    """objective(batch) -> (loss, logs): Algorithm 1 of arXiv:2006.11239 for any process, prediction and weight.
+
+    batch: "image" (B 3 H W uint8) for the codec, or "latent" (B C H W, scaled as the codec scales); "position" (B,)
+    int64, the key of every draw; and what the conditioner's encoders read. logs are detached scalars.
+    offset_noise adds one more normal number per image and channel to eps (0.05 in arXiv:2307.01952).
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        codec: nn.Module,
+        conditioner: nn.Module,
+        density: Callable[..., Tensor],
+        weighting: Callable[..., Tensor],
+        *,
+        seed: int = 0,
+        offset_noise: float = 0.0,
+    ):
+        super().__init__()
+        self.denoiser = denoiser
+        self.codec = codec
+        self.conditioner = conditioner
+        self.density = density
+        self.weighting = weighting
+        self.seed = seed
+        self.offset_noise = offset_noise
+
+    def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        x0 = self.latents(batch)  # B C H W
+        position = batch["position"].to(x0.device)
+        process, prediction = self.denoiser.process, self.denoiser.prediction
+        t = self.density(uniform(keys(self.seed, "t", position)), process)  # B
+        alpha, sigma = (a.to(x0.dtype) for a in process(t))
+        snr, gain = (alpha / sigma) ** 2, prediction.gain(alpha, sigma)
+        alpha, sigma = pad_dims(alpha, x0), pad_dims(sigma, x0)
+
+        eps = self.noise(x0, position)
+        x_t = alpha * x0 + sigma * eps  # Eq. (4), arXiv:2006.11239
+        cond = self.conditioner(batch, key=self.seed)
+        F, _ = self.denoiser.predict(x_t, process.net_time(t).float(), alpha, sigma, cond)
+        error = (F.float() - prediction.target(x0, eps, alpha, sigma)).square().flatten(1).mean(1)  # B
+        loss = (self.weighting(snr, gain) * error).mean()
+        return loss, {"loss": loss.detach(), "mse": error.detach().mean()}
+
+    def latents(self, batch: dict) -> Tensor:
+        if "latent" in batch:
+            return batch["latent"]
+        with torch.no_grad():
+            return self.codec.encode(batch["image"], generator=_KeyedNoise(self.seed, batch["position"]))
+
+    def noise(self, x0: Tensor, position: Tensor) -> Tensor:
+        eps = normal(keys(self.seed, "eps", position), x0.shape[1:], x0.dtype)
+        if self.offset_noise > 0:
+            per_channel = normal(keys(self.seed, "offset", position), (x0.shape[1],), x0.dtype)
+            eps = eps + self.offset_noise * pad_dims(per_channel, x0)
+        return eps
+
+
+class _KeyedNoise(Noise):
+    """Noise of each image's position, made where the tensors are: a list of seeds would make the GPU wait."""
+
+    def __init__(self, seed: int, position: Tensor):
+        super().__init__([], "posterior")
+        self.seed = seed
+        self.position = position
+
+    def __call__(self, like: Tensor) -> Tensor:
+        self.draws += 1
+        drawn = keys(self.seed, f"{self.purpose}/{self.draws}", self.position.to(like.device))
+        return normal(drawn, like.shape[1:], like.dtype)

@@ -1,0 +1,158 @@
+"""Where in time: grids for samplers, and draws for training.
+
+A grid is `grid(process, steps, ...) -> times`: steps + 1 falling float64 numbers on the CPU, the last of which is 0,
+or 1/T for `final="alpha0"` (the table's own first entry; diffusers' `set_alpha_to_one=False`).
+A draw is `draw(u, process, ...) -> t`: (B,) float64 in [0, 1) -> (B,) in (0, 1], on the indices of a table.
+Spacings as in Table 2 of arXiv:2305.08891. Both raise ConfigError for what cannot be.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.process import Process, space_indices
+from ldm.utils.errors import ConfigError
+
+# --- grids for samplers --------------------------------------------------------------------------------------------
+
+
+def leading(process: Process, steps: int, offset: int = 1, final: str = "clean") -> Tensor:
+    """Indices 0, k, 2k, ... plus `offset`, with k = T // steps: Stable Diffusion's grid. Misses the noisiest steps."""
+    _check(process, steps)
+    T = _table_length(process, "leading")
+    indices = torch.arange(steps - 1, -1, -1) * (T // steps) + offset
+    if indices[0] >= T:
+        raise ConfigError(f"times.offset={offset} takes {steps} steps past the {T} of the table; lower it")
+    return _indices_to_times(indices, T, final)
+
+
+def trailing(process: Process, steps: int, final: str = "clean") -> Tensor:
+    """Even steps down from t = 1, which every process has."""
+    _check(process, steps)
+    if process.num_steps is None:
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    T = process.num_steps
+    indices = torch.round(T - torch.arange(steps, dtype=torch.float64) * (T / steps)) - 1
+    return _indices_to_times(indices, T, final)
+
+
+def linspace(process: Process, steps: int, rounded: bool = False, final: str = "clean") -> Tensor:
+    """Even steps from t = 1 to the process' t_min, then to 0; `rounded` to whole indices of a table, as DDIM's."""
+    _check(process, steps)
+    if process.num_steps is None:
+        return _with_zero(torch.linspace(1, process.t_min, steps, dtype=torch.float64))
+    indices = torch.linspace(process.num_steps - 1, 0, steps, dtype=torch.float64)
+    return _indices_to_times(indices.round() if rounded else indices, process.num_steps, final)
+
+
+def karras(
+    process: Process, steps: int, rho: float = 7.0, sigma_min: float | None = None, sigma_max: float | None = None
+) -> Tensor:
+    """Even steps of (sigma / alpha)^(1 / rho), then 0: Eq. (5), arXiv:2206.00364. None takes the process' own ends."""
+    _check(process, steps)
+    high, low = _ends(process, sigma_min, sigma_max)
+    ratios = torch.linspace(high ** (1 / rho), low ** (1 / rho), steps, dtype=torch.float64) ** rho
+    return _ratios_to_times(process, ratios, sigma_max)
+
+
+def logsnr(process: Process, steps: int, sigma_min: float | None = None, sigma_max: float | None = None) -> Tensor:
+    """Even steps of log(sigma / alpha), then 0: arXiv:2206.00927 (k-diffusion's "exponential")."""
+    _check(process, steps)
+    high, low = _ends(process, sigma_min, sigma_max)
+    ratios = torch.linspace(math.log(high), math.log(low), steps, dtype=torch.float64).exp()
+    return _ratios_to_times(process, ratios, sigma_max)
+
+
+def respaced(process: Process, steps: int | str, final: str = "clean") -> Tensor:
+    """Indices spread from end to end (250), in sections ("10,20") or at a whole stride ("ddim50"): arXiv:2102.09672."""
+    if isinstance(steps, int):
+        _check(process, steps)
+    T = _table_length(process, "respaced")
+    return _indices_to_times(torch.tensor(space_indices(T, steps)).flip(0), T, final)
+
+
+def _check(process: Process, steps: int) -> None:
+    if not isinstance(steps, int):
+        raise ConfigError(f"steps={steps!r} must be a whole number; only times=respaced takes sections and ddim50")
+    if steps < 1:
+        raise ConfigError(f"steps={steps}: a sampler needs at least one step")
+    if process.num_steps is not None and steps > process.num_steps:
+        raise ConfigError(f"steps={steps}: the process has {process.num_steps}; ask for 1 to {process.num_steps} steps")
+
+
+def _table_length(process: Process, name: str) -> int:
+    if process.num_steps is None:
+        raise ConfigError(f"times={name} needs a table, which {type(process).__name__} has not; use times=trailing")
+    return process.num_steps
+
+
+def _indices_to_times(indices: Tensor, T: int, final: str) -> Tensor:
+    ends = {"clean": 0.0, "alpha0": 1 / T}
+    if final not in ends:
+        raise ConfigError(f"times.final={final} is not known; use clean or alpha0")
+    return torch.cat([(indices.double() + 1) / T, torch.tensor([ends[final]], dtype=torch.float64)])
+
+
+def _ends(process: Process, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
+    high = process.ratio(process.t_max) if sigma_max is None else sigma_max
+    low = process.ratio(process.t_min) if sigma_min is None else sigma_min
+    if not 0 < low < high:
+        raise ConfigError(f"sigma_min={low} must lie between 0 and sigma_max={high}")
+    return high, low
+
+
+def _ratios_to_times(process: Process, ratios: Tensor, sigma_max: float | None) -> Tensor:
+    times = process.time(ratios)
+    if sigma_max is None:
+        times[0] = 1.0  # also for a process that has no signal, hence no finite ratio, at t = 1
+    return _with_zero(times)
+
+
+def _with_zero(times: Tensor) -> Tensor:
+    return torch.cat([times, times.new_zeros(1)])
+
+
+# --- draws for training --------------------------------------------------------------------------------------------
+
+
+def uniform(u: Tensor, process: Process) -> Tensor:
+    """Even over time: every index equally often, Algorithm 1 of arXiv:2006.11239."""
+    return _on_table(1 - u, process)
+
+
+def stratified(u: Tensor, process: Process) -> Tensor:
+    """Even over time with one draw in each of B equal slices: a loss of less variance, arXiv:2107.00630."""
+    slices = torch.arange(len(u), dtype=u.dtype, device=u.device)
+    return _on_table(1 - (slices + u) / len(u), process)
+
+
+def logit_normal(u: Tensor, process: Process, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """t = sigmoid(mean + std n): Eq. (19), arXiv:2403.03206."""
+    return _on_table(torch.sigmoid(mean + std * _normal(u)), process)
+
+
+def mode(u: Tensor, process: Process, scale: float = 1.29) -> Tensor:
+    """Heavier in the middle (scale > 0) or at the ends (scale < 0), -1 <= scale <= 1.75: Eq. (20), arXiv:2403.03206."""
+    return _on_table(1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u), process)
+
+
+def cosmap(u: Tensor, process: Process) -> Tensor:
+    """The density 2 / (pi - 2 pi t + 2 pi t^2): Eq. (21), arXiv:2403.03206."""
+    return _on_table(1 - 1 / (torch.tan(math.pi / 2 * (1 - u)) + 1), process)
+
+
+def log_normal(u: Tensor, process: Process, mean: float = -1.2, std: float = 1.2) -> Tensor:
+    """ln(sigma / alpha) ~ N(mean, std^2): Table 1, arXiv:2206.00364."""
+    return _on_table(process.time(torch.exp(mean + std * _normal(u))), process)
+
+
+def _normal(u: Tensor) -> Tensor:
+    return torch.special.ndtri(u.clamp(min=2.0**-54))  # u = 0 would be -infinity
+
+
+def _on_table(t: Tensor, process: Process) -> Tensor:
+    """t in (0, 1]; for a table of T, the next index above."""
+    if process.num_steps is None:
+        return t.clamp(2.0**-53, 1)
+    return (t * process.num_steps).ceil().clamp(1, process.num_steps) / process.num_steps

@@ -1,0 +1,106 @@
+"""Pictures from files to uint8 RGB and back: every mode converted as a viewer would show it, nothing half-decoded."""
+
+import io
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, PngImagePlugin, features
+from torch import Tensor
+
+from ldm.io.files import read_bytes, replacing
+from ldm.utils.errors import DataError
+
+HAS_AVIF = "avif" in features.modules and features.check("avif")  # Pillow >= 11.3, as built
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF") if HAS_AVIF else ("PNG", "JPEG", "WEBP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif")
+MAX_BYTES = 64 << 20
+MAX_PIXELS = 64_000_000
+MAX_ASPECT = 20
+
+
+def read_image(
+    source: str | os.PathLike | bytes,
+    *,
+    background: tuple[int, int, int] = (255, 255, 255),  # shows where the image is transparent
+    max_pixels: int = MAX_PIXELS,
+    min_side: int | None = None,  # a JPEG may come out at 1/2, 1/4 or 1/8, no smaller than this: many times faster
+    name: str | None = None,  # what errors call it, when source is bytes
+) -> Tensor:
+    """An image as uint8 RGB (3, H, W), upright and opaque; the first frame of an animation. Raises DataError."""
+    name = name or ("image" if isinstance(source, bytes) else str(source))
+    data = source if isinstance(source, bytes) else read_bytes(source, max_bytes=MAX_BYTES)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_size(image.size, max_pixels)
+                if min_side:
+                    image.draft(image.mode, (min_side, min_side))
+                image.load()
+                rgb = _rgb(ImageOps.exif_transpose(image), background)
+    except Exception as error:  # decoders end in any of a dozen types
+        reason = str(error).replace("\n", " ") or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = f"not a {', '.join(FORMATS)} file"
+        raise DataError(f"{name}: cannot be read as an image ({reason[:200]})") from error
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)  # 3 H W
+
+
+def write_png(path: str | os.PathLike, image: Tensor, text: Mapping[str, str] | None = None) -> None:
+    """A uint8 (3, H, W) or (1, H, W) tensor as PNG, in one step, with Unicode text chunks. Raises DataError."""
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise DataError(f"{path}: an image is uint8 (3, H, W) or (1, H, W), not {image.dtype} {tuple(image.shape)}")
+    pixels = image.detach().cpu().expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()  # H W 3
+    chunks = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_itxt(key, value)
+    try:
+        with replacing(Path(path)) as file:
+            Image.fromarray(pixels).save(file, format="PNG", pnginfo=chunks)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def read_png_text(path: str | os.PathLike) -> dict[str, str]:
+    """The text chunks of a PNG file. Raises DataError."""
+    try:
+        with Image.open(io.BytesIO(read_bytes(path, max_bytes=MAX_BYTES)), formats=("PNG",)) as image:
+            _check_size(image.size, MAX_PIXELS)
+            image.load()  # chunks may follow the pixels
+            return {key: str(value) for key, value in image.text.items()}
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path}: cannot be read as PNG ({error})") from error
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    """Refuse a bomb by its header, before anything is decoded."""
+    width, height = size
+    if width * height > max_pixels:
+        raise ValueError(f"{width} x {height} pixels, at most {max_pixels:,} are decoded")
+    if max(size) > MAX_ASPECT * min(size):
+        raise ValueError(f"{width} x {height} pixels, an aspect ratio above {MAX_ASPECT}")
+
+
+def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey PNG, which convert() would clip at 255
+        image = _grey16(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")  # 1, L, P, CMYK, YCbCr
+
+
+def _grey16(image: Image.Image) -> Image.Image:
+    """16-bit grey, perhaps with one transparent value, to 8 bits: 65535 / 257 = 255."""
+    values = np.asarray(image, dtype=np.int64)
+    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if "transparency" not in image.info:
+        return grey
+    opaque = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
+    return Image.merge("LA", (grey, Image.fromarray(opaque)))

@@ -1,0 +1,103 @@
+"""Captions and JSON from outside: strict UTF-8, bounded size and depth, no duplicate keys."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ldm.io.files import read_bytes, replacing
+from ldm.utils.errors import DataError, LdmError
+
+MAX_TEXT = 1 << 20  # bytes of one caption or one configuration
+MAX_TABLE = 1 << 30  # bytes of a table of captions, read line by line
+MAX_DEPTH = 32
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """UTF-8 with or without a byte-order mark, stripped. Raises DataError naming the offending byte."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = f"byte 0x{data[error.start]:02x} at position {error.start}"
+        raise DataError(f"{name}: not UTF-8 text ({where}); save it as UTF-8") from error
+    if "\0" in text:
+        raise DataError(f"{name}: holds a NUL character, so it is not plain text; save it as UTF-8")
+    return text.strip()
+
+
+def parse_json(text: str, name: str, error: type[LdmError] = DataError) -> Any:
+    """The value of JSON text, without duplicate keys, NaN or more than MAX_DEPTH levels. Raises `error`."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        _check_depth(value, MAX_DEPTH)
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{name}: not the JSON expected here ({problem})") from problem
+    return value
+
+
+def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_TEXT) -> Any:
+    """The value in a JSON file. Raises DataError."""
+    return parse_json(decode_text(read_bytes(path, max_bytes=max_bytes), str(path)), str(path))
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """A resolved configuration written with weights: one JSON object, in which nothing is left to interpolate."""
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: holds a JSON {type(config).__name__}, a configuration is an object")
+    if any("${" in text for text in _strings(config)):  # would read the environment: ${oc.env:...}
+        raise DataError(f"{path}: holds an interpolation ('${{...}}'); a configuration stored with weights is resolved")
+    return config
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Indented JSON with sorted keys, in one step."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    with replacing(Path(path)) as file:
+        file.write(text.encode())
+
+
+def parse_jsonl(data: bytes, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("name:line", object) for each line that is not empty. Raises DataError naming the line."""
+    for number, line in enumerate(data.splitlines(), start=1):
+        where = f"{name}:{number}"
+        if text := decode_text(line, where):
+            row = parse_json(text, where)
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: holds a JSON {type(row).__name__}, every line is an object")
+            yield where, row
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"key {name[:40]!r} appears twice")
+        table[name] = value
+    return table
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _check_depth(value: Any, levels: int) -> None:
+    if not isinstance(value, dict | list):
+        return
+    if levels == 0:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    for child in value.values() if isinstance(value, dict) else value:
+        _check_depth(child, levels - 1)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        for child in value.values():
+            yield from _strings(child)
+    elif isinstance(value, list):
+        for child in value:
+            yield from _strings(child)

@@ -1,0 +1,111 @@
+"""What a denoiser sees of an image: uint8 outside, float inside. Only a codec converts, nobody asks which one it is.
+
+    x = codec.encode(images)        (B 3 H W) uint8 -> (B channels H/downsample W/downsample) float32
+    images = codec.decode(x)
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ldm.models.autoencoder import AutoencoderKL, sample_posterior
+from ldm.utils.errors import ConfigError, DataError
+from ldm.utils.seeding import Noise, randn_like
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL's mode "L"
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 [-1, 1]."""
+    if images.dtype != torch.uint8:
+        raise DataError(f"images are {images.dtype}; a codec takes uint8 of 0..255")
+    return images.float().div_(127.5).sub_(1.0)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """float [-1, 1] -> uint8 0..255, rounded, clipped outside."""
+    return x.float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+class PixelCodec(nn.Module):
+    """The image itself; with `channels=1` its luminance, decoded to three equal channels."""
+
+    downsample = 1
+
+    def __init__(self, channels: int = 3):
+        super().__init__()
+        if channels not in (1, 3):
+            raise ConfigError(f"codec.channels={channels}; a pixel codec has 3 channels (RGB) or 1 (luminance)")
+        self.channels = channels
+
+    def encode(self, images: Tensor, generator: "torch.Generator | Noise | None" = None) -> Tensor:
+        """(B 3 H W) or (B 1 H W) uint8 -> (B channels H W); `generator` has nothing to draw."""
+        x = to_float(images).expand(-1, 3, -1, -1)
+        return x if self.channels == 3 else (x * x.new_tensor(LUMA).view(3, 1, 1)).sum(dim=1, keepdim=True)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """(B channels H W) -> (B 3 H W) uint8."""
+        return to_uint8(x).expand(-1, 3, -1, -1)
+
+
+class LatentCodec(nn.Module):
+    """A frozen autoencoder's latents, (z - shift) * scale: arXiv:2112.10752, appendix G.
+
+    scale, shift: a number or one per latent channel (SD 1.x: 0.18215 and 0; SDXL: 0.13025; SD 3: 1.5305 and 0.0609).
+    The autoencoder stays in evaluation mode and outside autocast: SDXL's overflows in float16.
+    """
+
+    def __init__(
+        self, autoencoder: AutoencoderKL, scale: float | Sequence[float] = 1.0, shift: float | Sequence[float] = 0.0
+    ):
+        super().__init__()
+        self.autoencoder = autoencoder.requires_grad_(False).eval()
+        self.channels = autoencoder.latent_channels
+        self.downsample = autoencoder.downsample
+        self.register_buffer("scale", self._per_channel("scale", scale))  # C 1 1
+        self.register_buffer("shift", self._per_channel("shift", shift))  # C 1 1
+
+    @classmethod
+    @torch.no_grad()
+    def measured(cls, autoencoder: AutoencoderKL, images: Tensor, *, per_channel: bool = True) -> "LatentCodec":
+        """Scale and shift that give the latents of these images (B 3 H W uint8) mean 0 and standard deviation 1."""
+        codec = cls(autoencoder)
+        moments = [codec._posterior(chunk) for chunk in images.split(64)]
+        mean, logvar = (torch.cat(parts).double() for parts in zip(*moments, strict=True))  # B C h w
+        axes = (0, 2, 3) if per_channel else (0, 1, 2, 3)
+        shift = mean.mean(axes, keepdim=True)
+        variance = (mean - shift).square().mean(axes) + logvar.exp().mean(axes)  # law of total variance
+        codec.scale.copy_(variance.rsqrt().view(-1, 1, 1))
+        codec.shift.copy_(shift[0])
+        return codec
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: "torch.Generator | Noise | None" = None) -> Tensor:
+        """(B 3 H W) uint8 -> (B C H/f W/f): a draw from the posterior with a generator, its mode without."""
+        z, logvar = self._posterior(images)
+        if generator is not None:
+            z = sample_posterior(z, logvar, randn_like(z, generator))
+        return (z - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """(B C H/f W/f) -> (B 3 H W) uint8."""
+        with torch.autocast(x.device.type, enabled=False):
+            return to_uint8(self.autoencoder.decode(x.to(self.scale) / self.scale + self.shift))
+
+    def train(self, mode: bool = True) -> "LatentCodec":
+        """Stays in evaluation mode whatever its parent does."""
+        return super().train(False)
+
+    def _posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(images.device.type, enabled=False):
+            return self.autoencoder.encode(to_float(images).to(self.scale))
+
+    def _per_channel(self, name: str, value: float | Sequence[float]) -> Tensor:
+        values = torch.tensor(value, dtype=torch.float32).flatten()
+        if len(values) not in (1, self.channels):
+            raise ConfigError(
+                f"codec.{name} has {len(values)} numbers; expected one, or one per latent channel ({self.channels})"
+            )
+        return values.expand(self.channels).reshape(-1, 1, 1).clone()

@@ -1,0 +1,92 @@
+"""The convolutional leaves of the UNet and the autoencoder: residual block, down- and up-sampling (B C H W).
+
+Eager speed: what a convolution or a norm returns belongs to nobody else, so additions and, without gradients, the
+SiLU write into it. Autograd allows it: a convolution does not save its output, nor does a norm.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.utils.errors import ConfigError
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    """Set every parameter to zero, so that a residual branch starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def group_norm(channels: int, groups: int = 32, eps: float = 1e-5) -> nn.GroupNorm:
+    """GroupNorm, or a ConfigError that says which number does not fit."""
+    if channels % groups:
+        raise ConfigError(f"groups={groups} does not divide {channels} channels; choose a divisor such as groups=8")
+    return nn.GroupNorm(groups, channels, eps=eps)
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a fresh tensor, in place when no gradient is wanted (in place with one, autograd would clone it)."""
+    return F.silu(x, inplace=not x.requires_grad)
+
+
+class ResBlock(nn.Module):
+    """GN-SiLU-conv, + Linear(SiLU(emb)), GN-SiLU-dropout-conv, added to the input: (B C H W), (B E) -> (B C' H W).
+
+    With `emb_dim` (a denoiser's block) the last convolution starts at zero: arXiv:2006.11239, appendix B.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_dim: int | None = None,
+        *,
+        groups: int = 32,
+        eps: float = 1e-5,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.norm1 = group_norm(in_channels, groups, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.emb_proj = nn.Linear(emb_dim, out_channels) if emb_dim else None
+        self.norm2 = group_norm(out_channels, groups, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if emb_dim:
+            zero_init(self.conv2)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        h = self.conv1(silu(self.norm1(x)))  # B C' H W
+        if self.emb_proj is not None:
+            h += self.emb_proj(F.silu(emb))[:, :, None, None]
+        h = self.conv2(self.dropout(silu(self.norm2(h))))
+        h += self.skip(x)
+        return h
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2: (B C H W) -> (B C H/2 W/2).
+
+    The UNet pads every side by one; the autoencoder pads `asymmetric`ally, right and bottom only.
+    """
+
+    def __init__(self, channels: int, *, asymmetric: bool = False):
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour to twice the sides, or to `size` (an odd skip's), then 3x3: (B C H W) -> (B C 2H 2W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        height, width = size or (2 * x.shape[2], 2 * x.shape[3])
+        return self.conv(F.interpolate(x, (height, width), mode="nearest"))

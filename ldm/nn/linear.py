@@ -1,0 +1,59 @@
+"""nn.Linear at the speed of the machine: float32 on a CPU goes to oneDNN.
+
+torch sends float32 matrix products to MKL, which uses half of an AMD core's vector width, but convolutions and
+bfloat16 to oneDNN, which uses all of it: 90 against 210 GFLOP/s on one EPYC core. The operator is the one that
+torch.compile emits. `torch.backends.mkldnn.flags(enabled=False)` turns it off, as it does for convolutions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+MIN_WORK = 1 << 21  # multiply-adds; below it the call costs more than the product
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias: (... I), (O I), (O) -> (... O)."""
+    if use_onednn(x, weight):
+        return OneDNNLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def use_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        ONEDNN
+        and x.is_cpu
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() * weight.shape[0] >= MIN_WORK
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """The product and its derivatives, which are products again (so that second derivatives exist)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)  # M O
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        return (
+            linear(grad, weight.t()) if to_x else None,
+            linear(rows.t(), x.flatten(0, -2).t()) if to_weight else None,
+            rows.sum(0) if to_bias else None,
+        )
+
+
+class Linear(nn.Linear):
+    """nn.Linear through `linear`: same parameters, same names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)

@@ -1,0 +1,99 @@
+"""The command line of `train.py` and `sample.py`: Hydra, answers before torch is imported, errors in one line."""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm.build import compose, config_dir, plain
+from ldm.utils.errors import ConfigError, LdmError
+
+
+def entry(config_name: str) -> Callable:
+    """Decorator: `main(cfg: dict, run_dir: Path)` becomes a Hydra program with exit codes and one-line errors."""
+
+    def decorate(main: Callable[[dict, Path], None]) -> Callable[[], None]:
+        def job(cfg: DictConfig) -> None:
+            hydra_cfg = HydraConfig.get()
+            main(plain(cfg), Path(hydra_cfg.runtime.output_dir))
+
+        program = hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(job)
+
+        @wraps(main)
+        def run() -> None:
+            full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed by Hydra
+            try:
+                _adapt_to_torchrun(sys.argv)
+                program()
+            except LdmError as error:
+                _fail(error, error.exit_code, full)
+            except (HydraException, OmegaConfBaseException) as error:
+                _fail(ConfigError(explain(error, config_name)), ConfigError.exit_code, full)
+            except KeyboardInterrupt:
+                _fail(LdmError("interrupted"), 130, full)
+
+        return run
+
+    return decorate
+
+
+def explain(error: Exception, config_name: str) -> str:
+    """One line for a Hydra or OmegaConf error, with the nearest name when a key or a file does not exist."""
+    text = " ".join(str(error).split())
+    if match := re.search(r"Could not override '([^']+)'|[Kk]ey '([^']+)' is not in struct", text):
+        key = match.group(1) or match.group(2)
+        return f"there is no setting '{key}'" + nearest(key, _keys(compose(config_name)))
+    if match := re.search(r"[Cc]ould not find '([^']+)'", text):
+        group, _, name = match.group(1).rpartition("/")
+        options = sorted(p.stem for p in Path(config_dir(), group).glob("*.yaml"))
+        return f"there is no {group}={name}{nearest(name, options)}; choose from: {', '.join(options)}"
+    if match := re.search(r"[Cc]ould not override '([^']+)'\. No match in the defaults list", text):
+        return f"there is no group '{match.group(1)}'"
+    return text
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` or nothing."""
+    known = list(known)
+    last = {k.rpartition(".")[2]: k for k in reversed(known)}
+    close = difflib.get_close_matches(name, known, 1, 0.6) or [
+        last[k] for k in difflib.get_close_matches(name.rpartition(".")[2], last, 1, 0.6)
+    ]
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _keys(cfg: dict, prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in cfg.items():
+        keys.append(prefix + name)
+        if isinstance(value, dict):
+            keys += _keys(value, f"{prefix}{name}.")
+    return keys
+
+
+def _adapt_to_torchrun(argv: list[str]) -> None:
+    """Under torchrun rank 0 alone owns the run directory; a sweep would hang in its second job, so it is refused."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if {"-m", "--multirun"} & set(argv):
+        raise ConfigError("-m under torchrun hangs in the second job: start one torchrun per setting")
+    if os.environ.get("RANK", "0") != "0":
+        argv[1:] = [a for a in argv[1:] if not a.startswith("hydra.run.dir=")]
+        argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
+
+
+def _fail(error: Exception, code: int, full: bool) -> None:
+    if full:
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)

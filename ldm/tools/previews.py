@@ -1,0 +1,53 @@
+"""What training shows of itself: a picture and an evaluation now and then, always from the averaged weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldm.build import make
+from ldm.generate import Sampling, generate
+from ldm.io.images import write_png
+from ldm.utils.images import labelled_grid
+
+
+class Previews:
+    """The hooks of a run. `preview(draw, data, objective)` gives labelled images, `metrics(...)` numbers by name."""
+
+    def __init__(self, cfg: dict, path: Path, data: Any, objective: nn.Module, ema: Any):
+        self.cfg, self.path, self.data, self.objective, self.ema = cfg, path, data, objective, ema
+        self.preview, self.metrics = (make(cfg[name]) if cfg[name] else None for name in ("preview", "metrics"))
+        self.sampling = Sampling.from_config(cfg)
+
+    def sample(self, step: int) -> Path | None:
+        """Write samples/step_*.png."""
+        if self.preview is None:
+            return None
+        images, labels = self.preview(*self._subject())
+        picture = self.path / "samples" / f"step_{step:08d}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        write_png(picture, labelled_grid(images, labels))
+        return picture
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        return self.metrics(*self._subject()) if self.metrics else {}
+
+    def _subject(self) -> tuple:
+        averaged = self.ema.applied(self.objective) if self.ema else self.objective
+
+        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+            return generate(averaged, prompts, seeds, self.sampling, image_size=self.cfg["image_size"])
+
+        return draw, self.data, averaged
+
+
+class Samples:
+    """Images of held-out prompts, each with its own seed, the same at every step of the run."""
+
+    def __init__(self, count: int = 16, seed: int = 0):
+        self.count, self.seed = count, seed
+
+    def __call__(self, draw, data, objective: nn.Module) -> tuple[Tensor, list[str]]:
+        prompts = data.prompts(self.count, self.seed) or [""] * self.count
+        return draw(prompts, range(self.count)), prompts

@@ -1,0 +1,125 @@
+"""What run directories hold, as far as it can be read: a killed run leaves less than a complete one."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.io.files import read_bytes
+from ldm.io.text import decode_text, parse_json, read_json
+from ldm.utils.errors import DataError
+
+MARKS = {"config.yaml", "metrics.jsonl", "summary.json", ".hydra"}  # any of these makes a directory a run
+NOT_COMPARED = {"seed", "resume"}
+MAX_BYTES = 1 << 30
+
+
+@dataclass
+class Run:
+    """What one run directory holds; `summary` is empty while a run is not complete."""
+
+    path: Path
+    seed: str
+    settings: dict[str, str]  # dotted key -> value, without the seed
+    overrides: dict[str, str]  # the part of them that was typed
+    summary: dict[str, Any]
+    losses: list[tuple[int, float]]  # step, loss
+    grid: Path | None  # the last preview
+
+
+def find_runs(directories: Iterable[Path]) -> list[Run]:
+    """Every run at or below the directories, in natural order of their paths. Raises DataError when there is none."""
+    found = {}
+    for root in directories:
+        if not root.is_dir():
+            raise DataError(f"{root}: no such directory; give run directories, or directories that hold some")
+        for folder, folders, files in os.walk(root):
+            if MARKS & {*folders, *files}:
+                found[Path(folder).resolve()] = Path(folder)
+                folders.clear()
+    if not found:
+        raise DataError(f"no run in {', '.join(map(str, directories))}; a run holds {', '.join(sorted(MARKS))}")
+    return [read_run(path) for path in sorted(found.values(), key=_natural)]
+
+
+def read_run(path: Path) -> Run:
+    """Whatever can be read of one run, however it ended."""
+    config = tolerant(_read_yaml, path / "config.yaml") or tolerant(_read_yaml, path / ".hydra" / "config.yaml")
+    typed = tolerant(_read_yaml, path / ".hydra" / "overrides.yaml", kind=list)
+    seed = config.get("seed")
+    settings = {key: value for key, value in _flat(config) if not _same_result(key, value, str(seed))}
+    overrides = dict(_split(str(text)) for text in typed)
+    return Run(
+        path=path,
+        seed="" if seed is None else str(seed),
+        settings=settings,
+        overrides={key: value for key, value in overrides.items() if key.split(".")[0] not in NOT_COMPARED},
+        summary=tolerant(_read_summary, path / "summary.json"),
+        losses=list(_losses(path / "metrics.jsonl")),
+        grid=max((path / "samples").glob("step_*.png"), key=_natural, default=None),
+    )
+
+
+def _losses(path: Path) -> Iterable[tuple[int, float]]:
+    """(step, loss) of each line that can be read: the last line of a killed run is often half a line."""
+    data = tolerant(read_bytes, path, max_bytes=MAX_BYTES) or b""
+    for line in data.splitlines():
+        row = tolerant(parse_json, line.decode(errors="replace"), str(path))
+        if isinstance(row, dict) and isinstance(row.get("loss"), int | float) and isinstance(row.get("step"), int):
+            yield row["step"], row["loss"]
+
+
+def _read_summary(path: Path) -> dict:
+    return _expect(read_json(path), dict, path)
+
+
+def _read_yaml(path: Path, kind: type = dict) -> Any:
+    from omegaconf import OmegaConf  # only here: --help need not wait for it
+
+    text = decode_text(read_bytes(path, max_bytes=MAX_BYTES), str(path))
+    try:
+        value = OmegaConf.to_container(OmegaConf.create(text))  # interpolations stay as they are written
+    except Exception as error:  # of two libraries, without a common base
+        raise DataError(f"{path}: not the YAML expected here ({error})") from error
+    return _expect(value, kind, path)
+
+
+def _expect(value: Any, kind: type, path: Path) -> Any:
+    if not isinstance(value, kind):
+        raise DataError(f"{path}: holds a {type(value).__name__}, expected a {kind.__name__}")
+    return value
+
+
+def tolerant(read: Callable, *args: Any, **knobs: Any) -> Any:
+    """What `read` gives, or an empty table where the file is absent or damaged."""
+    try:
+        return read(*args, **knobs)
+    except DataError:
+        return {}
+
+
+def _flat(node: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
+    """(dotted key, value as text) of every leaf; a list is a leaf."""
+    if not isinstance(node, dict):
+        yield prefix, node if isinstance(node, str) else json.dumps(node)
+        return
+    for key, value in node.items():
+        yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _split(override: str) -> tuple[str, str]:
+    """`+key=value` -> key, value; `~key` -> key, 'removed'."""
+    key, equals, value = override.lstrip("+").partition("=")
+    return (key.lstrip("~"), "removed") if key.startswith("~") or not equals else (key, value)
+
+
+def _same_result(key: str, value: str, seed: str) -> bool:
+    """Settings that do not tell two experiments apart: the seed, and what was interpolated from it."""
+    return key in NOT_COMPARED or (key.endswith(".seed") and value == seed)
+
+
+def _natural(path: Path) -> list:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]

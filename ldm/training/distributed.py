@@ -1,0 +1,100 @@
+"""One process or many under torchrun: who am I, and how do all ranks come to the same decision in the same step."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of one run; ALONE is a single process, for which nothing here communicates."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, objective: nn.Module, find_unused: bool = False) -> nn.Module:
+        """The objective, with gradients averaged over ranks; its buffers stay those of each rank's own images."""
+        if self.size == 1:
+            return objective
+        return DistributedDataParallel(objective, find_unused_parameters=find_unused)
+
+    def agree(self, number: int) -> int:
+        """The largest number any rank brings, a signal for instance; on the host, so no accelerator is waited for."""
+        if self.size == 1:
+            return number
+        shared = torch.tensor(number)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
+    def any(self, flag: Tensor) -> Tensor:
+        """Whether a 0-d bool is true on any rank; stays on its device."""
+        if self.size == 1:
+            return flag
+        shared = flag.float()
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return shared > 0
+
+    def mean(self, value: Tensor) -> Tensor:
+        if self.size == 1:
+            return value
+        shared = value / self.size
+        dist.all_reduce(shared)
+        return shared
+
+    def first(self, function: Callable[[], Any]) -> Any:
+        """Call on rank 0 only; every rank returns its result or raises its error, so none waits for one that failed."""
+        if self.size == 1:
+            return function()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def close(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+ALONE = World()
+
+
+def local_device(device: str) -> torch.device:
+    """This process's own device of a kind: under torchrun "cuda" is the GPU numbered LOCAL_RANK."""
+    if device == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(device)
+
+
+def init(device: torch.device, *, timeout: float = 1800.0, rendezvous: str = "env://") -> World:
+    """Join the ranks that torchrun started (RANK, WORLD_SIZE); ALONE where it did not.
+
+    timeout in seconds, after which a rank that waits for a hung one gives up: longer than previews on rank 0 take.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return ALONE
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(
+        backend, init_method=rendezvous, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+    )
+    return World(rank, size)

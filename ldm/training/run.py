@@ -1,0 +1,80 @@
+"""A run directory: who may write to it, and where training continues from."""
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ldm.io.checkpoints import latest, point_last, sweep
+from ldm.training.checkpoint import find, load_config
+from ldm.utils.errors import CheckpointError, ConfigError
+
+
+@dataclass
+class RunDirectory:
+    """Where a run lives and what its checkpoints carry besides tensors."""
+
+    path: Path
+    config: dict = field(default_factory=dict)  # resolved
+    files: dict[str, bytes] = field(default_factory=dict)  # extra files by name, e.g. {"tokenizer.json": ...}
+    resume: Path | None = None  # a run or checkpoint directory to continue from when this one has no checkpoint
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.path) / "checkpoints"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run directory: two writers would delete each other's checkpoints.  Raises ConfigError."""
+        lock = Path(self.path) / "run.lock"
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = open(lock, "a+")
+        except OSError as error:
+            raise ConfigError(f"run directory {self.path} cannot be written: {error.strerror}") from error
+        with file:
+            try:
+                # Not flock: forked data workers would share it and outlive a killed run by seconds.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise ConfigError(f"{self.path} is being written by {holder}; stop it or choose another") from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+    def last_good(self) -> str:
+        """The end of an error message: what is safe."""
+        directory, _ = latest(self.checkpoints, content=False)
+        return f"the last good checkpoint is {directory}" if directory else "no checkpoint had been written"
+
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """The checkpoint to continue from, if any, and what there is to warn about.  For the holder of the lock."""
+        sweep(self.checkpoints)
+        directory, skipped = latest(self.checkpoints)
+        warnings = [f"passed over a checkpoint: {reason}" for reason in skipped]
+        if directory is None and skipped:
+            raise CheckpointError(
+                f"every checkpoint in {self.checkpoints} is damaged ({skipped[0]}); "
+                "restore one from a copy, or delete the folder to start again"
+            )
+        if directory is not None:
+            point_last(directory)  # a kill may have come between a checkpoint and its link
+        elif self.resume:
+            directory = find(self.resume)
+        if directory is not None and (changed := _changed(load_config(directory), self.config)):
+            warnings.append(f"continuing with other settings than {directory}: {', '.join(changed[:8])}")
+        return directory, warnings
+
+
+def _changed(old: object, new: object, name: str = "") -> list[str]:
+    """name=new value of every setting that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for k in keys for line in _changed(old.get(k), new.get(k), f"{name}.{k}" if name else k)]
+    return [] if old == new else [f"{name}={new}"]

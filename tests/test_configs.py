@@ -1,0 +1,87 @@
+"""Every config composes, names arguments that exist, and adds no key that nothing reads."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ldm.build import compose, config_dir, locate, make
+from ldm.utils.errors import ConfigError
+
+CONFIGS = config_dir()
+GROUPS = sorted(p.name for p in CONFIGS.iterdir() if p.is_dir())
+ROOTLESS = {"experiment", "debug"}
+NODES = sorted(p for p in CONFIGS.glob("*/*.yaml") if p.parent.name not in ROOTLESS)
+EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
+WIRED = {"run", "experiment", "overrides", "autoencoder"}  # keys the wiring takes out of a node before building it
+
+
+def root_of(group: str) -> str:
+    return "train" if group in compose("train") else "sample"
+
+
+@pytest.fixture(scope="module")
+def baseline():
+    return compose("train")
+
+
+@pytest.mark.parametrize("path", NODES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_group_files_name_arguments_that_exist(path, baseline):
+    group = path.parent.name
+    node = compose("train", [f"{group}={path.stem}"])[group]
+    targets = [node] if "_target_" in node else [n for n in node.values() if isinstance(n, dict) and "_target_" in n]
+    for found in targets:
+        accepted = inspect.signature(locate(found["_target_"])).parameters
+        unknown = set(found) - set(accepted) - {"_target_", "_partial_"} - WIRED
+        assert not unknown, f"{path}: {unknown}"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_add_no_unknown_key(name, baseline):
+    """A typo at an experiment's root merges silently in Hydra; nodes with a _target_ are checked when built."""
+    cfg = compose("train", [f"experiment={name}"])
+    assert set(cfg) == set(baseline)
+    for group, node in cfg.items():
+        if isinstance(node, dict) and "_target_" in node:
+            unknown = set(node) - set(inspect.signature(locate(node["_target_"])).parameters)
+            assert unknown <= {"_target_", "_partial_"} | WIRED, f"{name}: {group} has {unknown}"
+
+
+@pytest.mark.parametrize("name", [n for n in EXPERIMENTS if n != "none"])
+def test_experiments_begin_with_a_header(name):
+    text = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
+    assert text.startswith("# @package _global_")
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    assert any("python train.py" in line for line in header), "the header gives the command"
+
+
+def test_every_yaml_is_ours():
+    for path in CONFIGS.rglob("*.yaml"):
+        for target in _targets(yaml.safe_load(path.read_text()) or {}):
+            assert target.startswith("ldm."), f"{path}: {target}"
+
+
+def _targets(node):
+    if isinstance(node, dict):
+        yield from ([node["_target_"]] if "_target_" in node else [])
+        for value in node.values():
+            yield from _targets(value)
+
+
+@pytest.mark.parametrize("target", ["os.system", "ldm.utils.seeding.hashlib", "ldm.io.images.Image", "ldm", "ldm..x", "",
+                                    "builtins.eval", "ldm.build.partial", "ldm.utils.seeding.math.exp"])
+def test_only_our_own_code_can_be_built(target):
+    with pytest.raises(ConfigError, match="only those can be built"):
+        locate(target)
+
+
+def test_make_answers_misspelt_missing_and_contradicting_arguments():
+    node = {"_target_": "ldm.models.codec.PixelCodec", "channels": 3}
+    assert make(node).channels == 3
+    with pytest.raises(ConfigError, match="did you mean 'channels'"):
+        make({"_target_": "ldm.models.codec.PixelCodec", "chanels": 3})
+    with pytest.raises(ConfigError, match="nothing sets channels"):
+        make({**node, "channels": "???"})
+    with pytest.raises(ConfigError, match="channels=3 in the config, but the rest of the system gives 1"):
+        make(node, channels=1)

@@ -1,0 +1,79 @@
+"""Train what a config describes: `python train.py [experiment=NAME] [group=option] [key=value] [-m a=1,2]`.
+
+Read `train` from top to bottom: it is the whole system, each part built from those above it.
+"""
+
+from pathlib import Path
+
+from ldm.tools.cli import entry
+
+
+@entry("train")
+def main(cfg: dict, path: Path) -> None:
+    from ldm.training.distributed import init, local_device
+    from ldm.utils.devices import pick_device
+
+    device = local_device(pick_device(cfg["device"]))
+    world = init(device)
+    try:
+        train(cfg, world.first(lambda: path), device, world)
+    finally:
+        world.close()
+
+
+def train(cfg: dict, path: Path, device, world) -> dict:
+    """Train in the run directory `path` until trainer.steps, from its newest checkpoint; returns its summary."""
+    import torch
+
+    from ldm.build import build_conditioner, build_objective, make, write_config
+    from ldm.data.loader import batches
+    from ldm.tools.previews import Previews
+    from ldm.training.loop import fit, prepare
+    from ldm.training.report import Hooks
+    from ldm.training.run import RunDirectory
+    from ldm.utils.seeding import key
+
+    resume = cfg.pop("resume", None)
+    trainer = make(cfg["trainer"])
+    data = make(cfg["data"])
+    codec, cfg["codec"] = build_first_stage(cfg, path, data, device, world)
+    torch.manual_seed(key(cfg["seed"], "init"))
+    conditioner, cfg["conditioner"], files = build_conditioner(cfg["conditioner"], data)
+    objective, network, cfg["network"] = build_objective(cfg, codec, conditioner)
+    prepare(objective, network, trainer, device)
+    optimizer = make(cfg["optimizer"])(objective)
+    ema = make(cfg["ema"], batch_size=trainer.batch_size)(objective) if cfg["ema"] else None
+
+    def batches_from(step: int):
+        return batches(data, trainer.batch_size, seed=cfg["seed"], start_step=step, workers=trainer.workers,
+                       rank=world.rank, world_size=world.size, flip=cfg["flip"])  # fmt: skip
+
+    previews = Previews(cfg, path, data, objective, ema)
+    logger = make(cfg["logger"], run_dir=path, config=cfg) if cfg["logger"] else None
+    if world.is_main:
+        write_config(path / "config.yaml", cfg)
+    return fit(
+        objective, batches_from, optimizer, trainer, RunDirectory(path, cfg, files, resume and Path(resume)),
+        lr_schedule=make(cfg["lr_schedule"]), ema=ema, hooks=Hooks(previews.sample, previews.evaluate, logger),
+        world=world, seed=cfg["seed"],
+    )  # fmt: skip
+
+
+def build_first_stage(cfg: dict, path: Path, data, device, world):
+    """The codec and its completed node; an autoencoder that is asked for and not there yet is trained first."""
+    from ldm.build import build_codec, compose
+    from ldm.generate import codec_of_run
+
+    node = cfg["codec"]
+    if "experiment" not in node:
+        return build_codec(node), node
+    source = Path(node["run"] or path / "autoencoder")
+    if not (source / "summary.json").exists():
+        stage = compose("train", [f"experiment={node['experiment']}", *node["overrides"]])
+        stage |= {name: cfg[name] for name in ("data", "image_size", "seed", "flip", "device")}
+        train(stage, source, device, world)
+    return codec_of_run(node, source, data)
+
+
+if __name__ == "__main__":
+    main()
