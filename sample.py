@@ -6,26 +6,32 @@ from ldm.tools.cli import entry
 
 
 @entry("sample")
-def main(cfg: dict, out: Path) -> None:
-    from ldm.generate import Sampling, load_run
-    from ldm.tools.gallery import edit_inputs, write_gallery
-    from ldm.utils.errors import ConfigError
+def main(cfg: dict, path: Path) -> None:
+    from ldm.generate import Sampling, generate, load_run
+    from ldm.tools.gallery import read_edit, write_gallery
     from ldm.utils.devices import pick_device
+    from ldm.utils.errors import ConfigError
 
     if not cfg["run"]:
-        raise ConfigError("run is not set: give a run directory, e.g. run=runs/shapes/2026-01-01_12-00-00")
+        raise ConfigError("run is not set; give a run directory, e.g. run=runs/shapes/2026-01-01_12-00-00")
+    sampling = Sampling.from_config(cfg)
     run = load_run(cfg["run"], device=pick_device(cfg["device"]), ema=cfg["ema"])
-    pairs = [(prompt, seed) for prompt in cfg["prompts"] for seed in cfg["seeds"]]
-    images = run.sample(
+    image_size = cfg["image_size"] or run.config["image_size"]
+    pairs = [(str(prompt), seed) for prompt in cfg["prompts"] for seed in cfg["seeds"]]
+    images = generate(
+        run.objective,
         [prompt for prompt, _ in pairs],
         [seed for _, seed in pairs],
-        Sampling.from_config(cfg),
-        image_size=cfg["image_size"],
+        sampling,
+        image_size=image_size,
         negative=cfg["negative"],
+        edit=read_edit(cfg, image_size),
         batch_size=cfg["batch_size"],
         progress=True,
     )
-    write_gallery(out, images, pairs, cfg, columns=len(cfg["seeds"]))
+    out = Path(cfg["out"]) if path == Path.cwd() else path  # a sweep has a folder per job below `out`
+    write_gallery(out, images, pairs, {**cfg, "step": run.step}, columns=len(cfg["seeds"]))
+    print(f"{len(images)} images in {out}/, all of them in {out / 'grid.png'}")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def build_first_stage(cfg: dict, path: Path, data, device, world):
         return build_codec(node), node
     source = Path(node["run"] or path / "autoencoder")
     if not (source / "summary.json").exists():
-        stage = compose("train", [f"experiment={node['experiment']}", *node["overrides"]])
+        stage = compose("train", [f"experiment={node['experiment']}", *cfg['first_stage']])
         stage |= {name: cfg[name] for name in ("data", "image_size", "seed", "flip", "device")}
         train(stage, source, device, world)
     return codec_of_run(node, source, data)

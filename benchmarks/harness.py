@@ -77,16 +77,16 @@ def cpu_seconds(case: Case) -> float:
 
 
 def assert_equal(ours, peer, tol: float) -> float:
-    """Largest difference relative to the peer's largest value; AssertionError above `tol`. Run before any timing."""
+    """Largest difference relative to the peer's largest value; AssertionError above `tol`. Called before any timing."""
     error = ((ours.double() - peer.double()).abs().max() / peer.double().abs().max()).item()
-    assert error <= tol, f"ours and the peer differ by {error:.2e} relative, allowed {tol:.0e}: the weights do not match"
+    assert error <= tol, f"ours and the peer differ by {error:.2e} relative, allowed {tol:.0e}: nothing is timed"
     return error
 
 
 def arguments(description: str) -> argparse.Namespace:
     """The command line of every benchmark: --small for a smoke run, --rounds for tighter quartiles."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--small", action="store_true", help="tiny sizes: checks that everything runs, times mean nothing")
+    parser.add_argument("--small", action="store_true", help="tiny sizes: checks that all runs, times mean nothing")
     parser.add_argument("--rounds", type=int, default=None, help="rounds to time (default: the benchmark's own)")
     parser.add_argument("--only", default="", help="run only the cases whose name contains this")
     return parser.parse_args()

@@ -28,7 +28,7 @@ def parameters(blocks: int, width: int = 320) -> nn.Module:
 
 
 def our_step(module: nn.Module) -> Callable[[], None]:
-    optimizer, ema = adamw(module), EMA(module, decay=DECAY, warmup=False)
+    optimizer, ema = adamw(module, weight_decay=0.0), EMA(module, decay=DECAY, warmup=False)
     scaler, failed = torch.amp.GradScaler("cpu", enabled=False), torch.tensor(False)
 
     def step() -> None:
@@ -40,7 +40,7 @@ def our_step(module: nn.Module) -> Callable[[], None]:
 
 def fused_step(module: nn.Module) -> Callable[[], None]:
     """The best that others run: torch's fused AdamW and the loop over the average of DiT's train.py."""
-    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
     average = dict(copy.deepcopy(module).requires_grad_(False).named_parameters())
 
     def step() -> None:
@@ -54,7 +54,8 @@ def fused_step(module: nn.Module) -> Callable[[], None]:
 
 def default_step(module: nn.Module) -> Callable[[], None]:
     """What diffusers' training scripts do unless told otherwise."""
-    optimizer, average = torch.optim.AdamW(module.parameters()), EMAModel(module.parameters(), decay=DECAY)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.0)
+    average = EMAModel(module.parameters(), decay=DECAY)
 
     def step() -> None:
         nn.utils.clip_grad_norm_(module.parameters(), CLIP)

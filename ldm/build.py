@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.utils.errors import ConfigError
@@ -32,8 +33,12 @@ def config_dir() -> Path:
 
 def compose(config_name: str, overrides: Iterable[str] = ()) -> dict:
     """A config as a plain, resolved dict, as the command line would compose it."""
-    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return plain(hydra.compose(config_name, overrides=list(overrides)))
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # perhaps we are inside a Hydra program
+    try:
+        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return plain(hydra.compose(config_name, overrides=list(overrides)))
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def plain(cfg: DictConfig) -> dict:

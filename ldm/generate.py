@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.build import build_codec, build_conditioner, build_objective, compose, make
 from ldm.models.codec import LatentCodec
+from ldm.samplers.edit import image_to_image, inpaint
 from ldm.training.checkpoint import find, load_config, load_files, load_weights
 from ldm.utils.errors import ConfigError, DataError
 from ldm.utils.seeding import Noise
@@ -34,6 +36,15 @@ class Sampling:
         return cls(*(make(cfg[name]) if cfg[name] else None for name in ("sampler", "times", "guidance", "threshold")))
 
 
+@dataclass
+class Edit:
+    """A picture to start from: repainted as a whole to some strength (SDEdit), or only where the mask is 1."""
+
+    image: Tensor  # 3 H W uint8
+    strength: float = 0.6
+    mask: Tensor | None = None  # 1 H W, 0 or 1
+
+
 @torch.no_grad()
 def generate(
     objective: nn.Module,  # denoiser, codec and conditioner
@@ -43,6 +54,7 @@ def generate(
     *,
     image_size: int | Sequence[int],  # pixels: a side, or height and width
     negative: str | None = None,
+    edit: Edit | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Tensor:
@@ -58,30 +70,39 @@ def generate(
     bar = tqdm(total=len(starts) * (len(times) - 1), desc="sampling", unit="step", disable=None if progress else True)
     images = []
     for start in starts:
-        batch = prompts[start : start + batch_size], seeds[start : start + batch_size]
-        x = _sample(objective, *batch, sampling, times, image_size, negative, lambda *_: bar.update())
+        part = slice(start, start + batch_size)
+        denoise = guided(objective, prompts[part], sampling, negative)
+        x = _sample(objective, denoise, seeds[part], sampling, times, image_size, edit, lambda *_: bar.update())
         images.append(objective.codec.decode(x).cpu())
     bar.close()
     objective.train(was_training)
     return torch.cat(images)
 
 
-def _sample(objective, prompts, seeds, sampling, times, image_size, negative, callback) -> Tensor:
-    denoiser, codec, conditioner = objective.denoiser, objective.codec, objective.conditioner
-    n, process = len(prompts), denoiser.process
+def guided(objective: nn.Module, prompts: Sequence[str], sampling: Sampling, negative: str | None) -> Callable:
+    """denoise(x, t) -> x0 with prompts, guidance and threshold inside."""
+    conditioner, n = objective.conditioner, len(prompts)
     cond = conditioner({field: list(prompts) for field in conditioner.fields})
-    null = conditioner.null(n)
-    if negative:
-        null = conditioner({field: [negative] * n for field in conditioner.fields})
-    denoise = sampling.guidance(denoiser, cond, null)
-    if sampling.threshold:
-        denoise = sampling.threshold(denoise)
-    device = next(denoiser.parameters()).device
-    shape = latent_shape(codec, image_size)
-    eps = Noise(seeds, "x_T")(torch.empty(n, *shape, device=device))  # B C H W
+    null = conditioner({field: [negative] * n for field in conditioner.fields}) if negative else conditioner.null(n)
+    denoise = sampling.guidance(objective.denoiser, cond, null)
+    return sampling.threshold(denoise) if sampling.threshold else denoise
+
+
+def _sample(objective, denoise, seeds, sampling, times, image_size, edit, callback) -> Tensor:
+    codec, process = objective.codec, objective.denoiser.process
+    device = next(objective.denoiser.parameters()).device
+    how = {"generator": Noise(seeds, "sampler"), "callback": callback}
+    if edit and edit.mask is None:
+        image = codec.encode(edit.image[None].to(device)).expand(len(seeds), -1, -1, -1)
+        return image_to_image(sampling.sampler, denoise, process, image, times, strength=edit.strength, **how)
+    eps = Noise(seeds, "x_T")(torch.empty(len(seeds), *latent_shape(codec, image_size), device=device))  # B C H W
     # The prior: unit variance on variance-preserving paths, sqrt(sigma_max^2 + 1) on variance-exploding ones.
     x_T = eps * math.hypot(*process(float(times[0])))
-    return sampling.sampler(denoise, process, x_T, times, generator=Noise(seeds, "sampler"), callback=callback)
+    if edit is None:
+        return sampling.sampler(denoise, process, x_T, times, **how)
+    image = codec.encode(edit.image[None].to(device))
+    mask = F.interpolate(edit.mask[None].to(image), image.shape[2:], mode="area").ceil()  # all that it touches
+    return inpaint(sampling.sampler, denoise, process, x_T, times, image=image, mask=mask, **how)
 
 
 def latent_shape(codec: Any, image_size: int | Sequence[int]) -> tuple[int, int, int]:

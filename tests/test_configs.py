@@ -1,7 +1,6 @@
 """Every config composes, names arguments that exist, and adds no key that nothing reads."""
 
 import inspect
-from pathlib import Path
 
 import pytest
 import yaml

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ldm.training.ema import EMA
-from ldm.training.loop import Hooks, Trainer, fit, prepare
+from ldm.training.loop import Trainer, fit, prepare
 from ldm.training.optim import adamw, cosine
 from ldm.training.run import RunDirectory
 from ldm.utils.seeding import keys, uniform
@@ -21,7 +21,9 @@ class Toy(nn.Module):
     def __init__(self, width: int = 4, dropout: float = 0.1):
         super().__init__()
         torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.SiLU(), nn.Dropout(dropout), nn.Conv2d(width, 3, 3))
+        self.net = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1), nn.SiLU(), nn.Dropout(dropout), nn.Conv2d(width, 3, 3)
+        )
         self.labels = nn.Embedding(4, 3)
         self.codec = nn.Conv2d(3, 3, 1).requires_grad_(False)
         self.register_buffer("seen", torch.zeros(()))
@@ -48,12 +50,13 @@ def batches(step: int):
         step += 1
 
 
-def train(path: Path, *, source=batches, hooks: Hooks | None = None, toy: Toy | None = None, ema=True, **options) -> dict:
+def train(path: Path, *, source=batches, hooks=None, toy=None, ema=True, resume=None, **options) -> dict:
     """One call of fit, as the entry point makes it."""
     trainer = Trainer(**{"steps": 12, "batch_size": BATCH, "save_every": 3, "log_every": 2, **options})
     toy = toy or Toy()
     prepare(toy, toy.net, trainer, torch.device("cpu"))
-    run = RunDirectory(path, config={"network": {"_target_": "tests.toy.Toy"}}, files={"tokenizer.json": b"{}"})
+    config = {"network": {"_target_": "tests.toy.Toy"}}
+    run = RunDirectory(path, config, files={"tokenizer.json": b"{}"}, resume=resume)
     average = EMA(toy, decay=0.9, every=2) if ema else None
     return fit(toy, source, adamw(toy, lr=1e-2), trainer, run, lr_schedule=cosine, ema=average, hooks=hooks)
 

@@ -97,8 +97,8 @@ def _indices_to_times(indices: Tensor, T: int, final: str) -> Tensor:
 def _ends(process: Process, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
     high = process.ratio(process.t_max) if sigma_max is None else sigma_max
     low = process.ratio(process.t_min) if sigma_min is None else sigma_min
-    if not 0 < low < high:
-        raise ConfigError(f"sigma_min={low} must lie between 0 and sigma_max={high}")
+    if not 0 < low < high <= process.ratio(1.0):
+        raise ConfigError(f"0 < sigma_min={low:g} < sigma_max={high:g} <= {process.ratio(1.0):g}, the process' own, must hold")
     return high, low
 
 

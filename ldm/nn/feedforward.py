@@ -31,4 +31,5 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)  # ... hidden_dim
-        return self.out(value * F.gelu(gate))
+        h = F.gelu(gate)
+        return self.out(h * value if h.requires_grad else h.mul_(value))  # a new tensor only where autograd keeps h

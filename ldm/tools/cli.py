@@ -11,6 +11,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -21,26 +22,30 @@ from ldm.utils.errors import ConfigError, LdmError
 def entry(config_name: str) -> Callable:
     """Decorator: `main(cfg: dict, run_dir: Path)` becomes a Hydra program with exit codes and one-line errors."""
 
+    full_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
     def decorate(main: Callable[[dict, Path], None]) -> Callable[[], None]:
         def job(cfg: DictConfig) -> None:
-            hydra_cfg = HydraConfig.get()
-            main(plain(cfg), Path(hydra_cfg.runtime.output_dir))
+            settings = HydraConfig.get()
+            try:
+                main(plain(cfg), Path(settings.runtime.output_dir))
+            except LdmError as error:
+                if settings.mode == RunMode.MULTIRUN or full_traceback:
+                    raise  # the sweep goes on, and fails at its end
+                _fail(error, error.exit_code)
 
         program = hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(job)
 
         @wraps(main)
         def run() -> None:
-            full = os.environ.get("HYDRA_FULL_ERROR") == "1"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed by Hydra
             try:
                 _adapt_to_torchrun(sys.argv)
                 program()
-            except LdmError as error:
-                _fail(error, error.exit_code, full)
-            except (HydraException, OmegaConfBaseException) as error:
-                _fail(ConfigError(explain(error, config_name)), ConfigError.exit_code, full)
-            except KeyboardInterrupt:
-                _fail(LdmError("interrupted"), 130, full)
+            except (LdmError, HydraException, OmegaConfBaseException, KeyboardInterrupt) as error:
+                if full_traceback:
+                    raise
+                _fail(*_line(error, config_name))
 
         return run
 
@@ -92,8 +97,14 @@ def _adapt_to_torchrun(argv: list[str]) -> None:
         argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
 
 
-def _fail(error: Exception, code: int, full: bool) -> None:
-    if full:
-        raise error
-    print(f"error: {error}", file=sys.stderr)
+def _line(error: BaseException, config_name: str) -> tuple[object, int]:
+    if isinstance(error, LdmError):
+        return error, error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    return explain(error, config_name), ConfigError.exit_code
+
+
+def _fail(message: object, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(code)

@@ -1,21 +1,41 @@
-"""What `sample.py` leaves behind: a PNG per image that says how it was made, a contact sheet, and samples.json."""
+"""What `sample.py` reads and leaves behind: a picture to start from; a PNG per image, a contact sheet, samples.json."""
 
+import json
 from pathlib import Path
 
 from torch import Tensor
 
-from ldm.io.images import write_png
+from ldm.data.transforms import resize_crop
+from ldm.generate import Edit
+from ldm.io.images import read_image, write_png
 from ldm.io.text import write_json
+from ldm.utils.errors import ConfigError
 from ldm.utils.images import labelled_grid
 
+SETTINGS = ("run", "step", "sampler", "times", "steps", "guidance", "threshold", "negative", "image", "mask", "strength")
 
-def write_gallery(out: Path, images: Tensor, pairs: list[tuple[str, int]], settings: dict, columns: int) -> list[dict]:
-    """Write images (B 3 H W uint8) of (prompt, seed) pairs and their settings below `out`; returns samples.json."""
+
+def read_edit(cfg: dict, image_size: int) -> Edit | None:
+    """The picture and the mask of a config, at the size that is sampled."""
+    if not cfg["image"]:
+        if cfg["mask"]:
+            raise ConfigError("mask is set but image is not; give the picture to repaint, e.g. image=photo.png")
+        return None
+    if not 0 <= cfg["strength"] <= 1:
+        raise ConfigError(f"strength={cfg['strength']} must lie between 0 (keep the picture) and 1 (forget it)")
+    image = resize_crop(read_image(cfg["image"]), image_size)
+    mask = resize_crop(read_image(cfg["mask"]), image_size)[:1] > 127 if cfg["mask"] else None
+    return Edit(image, cfg["strength"], mask)
+
+
+def write_gallery(out: Path, images: Tensor, pairs: list[tuple[str, int]], cfg: dict, columns: int) -> None:
+    """Write images (B 3 H W uint8) of (prompt, seed) pairs below `out`; each PNG says how it was made."""
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {name: cfg[name] for name in SETTINGS}
     records = []
     for number, (image, (prompt, seed)) in enumerate(zip(images, pairs, strict=True)):
-        record = {"file": f"{number:04d}.png", "prompt": prompt, "seed": seed, **settings}
-        write_png(out / record["file"], image, text={k: str(v) for k, v in record.items()})
-        records.append(record)
-    write_png(out / "grid.png", labelled_grid(images, [prompt for prompt, _ in pairs], columns=columns))
+        records.append({"file": f"{number:04d}.png", "prompt": prompt, "seed": seed, **settings})
+        text = {"prompt": prompt, "seed": str(seed), "settings": json.dumps(settings)}
+        write_png(out / records[-1]["file"], image, text)
+    write_png(out / "grid.png", labelled_grid(images, [prompt for prompt, _ in pairs], columns))
     write_json(out / "samples.json", records)
-    return records

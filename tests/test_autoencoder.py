@@ -1,0 +1,405 @@
+"""The autoencoder, its codecs, the discriminator, LPIPS, and the objective that trains them."""
+
+import math
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from ldm.models.autoencoder import AutoencoderKL, kl_divergence
+from ldm.models.codec import LatentCodec, PixelCodec, to_float, to_uint8
+from ldm.models.discriminator import PatchDiscriminator
+from ldm.models.perceptual import LPIPS, STAGES
+from ldm.nn.convolution import Downsample, ResBlock, Upsample
+from ldm.training.autoencoder import AutoencoderObjective, l2, psnr
+from ldm.utils.errors import ConfigError, DataError, WeightsError
+from ldm.utils.seeding import Noise
+from ldm.weights.autoencoder import from_diffusers, from_original, to_diffusers, to_original
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def network(name: str) -> dict:
+    """The settings of a shipped network and of the files it builds on."""
+    with open(f"configs/network/{name}.yaml") as file:
+        node = yaml.safe_load(file)
+    merged = {}
+    for base in node.pop("defaults", []):
+        merged |= node if base == "_self_" else network(base)
+    merged |= node
+    assert merged["_target_"] == "ldm.models.autoencoder.AutoencoderKL"
+    return merged
+
+
+def build(name: str, **changes) -> AutoencoderKL:
+    settings = {**network(name), **changes}
+    settings.pop("_target_")
+    return AutoencoderKL(**settings)
+
+
+def tiny(seed: int = 0, **changes) -> AutoencoderKL:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoencoderKL(**{"channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "groups": 4, **changes})
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pictures(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def batch_of(images: torch.Tensor, step: int = 0) -> dict:
+    return {"image": images, "position": torch.arange(len(images)), "step": step}
+
+
+# Convolution leaves
+
+
+def test_denoisers_block_starts_as_its_skip_and_an_autoencoders_does_not():
+    x, emb = noise(2, 8, 5, 7), noise(2, 6)
+    assert torch.equal(ResBlock(8, 8, 6, groups=4)(x, emb), x)
+    assert not torch.equal(ResBlock(8, 8, groups=4)(x), x)
+    assert ResBlock(8, 12, 6, groups=4)(x, emb).shape == (2, 12, 5, 7)
+
+
+def test_residual_block_gradients_without_and_with_embedding():
+    torch.manual_seed(0)
+    for emb_dim in (None, 3):
+        block = ResBlock(4, 6, emb_dim, groups=2).double()
+        nn.init.normal_(block.conv2.weight)
+        x = noise(1, 4, 3, 3).double().requires_grad_()
+        emb = noise(1, 3).double().requires_grad_()
+        assert torch.autograd.gradcheck(block, (x, emb) if emb_dim else (x,))
+
+
+def test_residual_block_is_the_same_with_and_without_gradients_and_keeps_its_input():
+    block, x, emb = ResBlock(8, 12, 6, groups=4), noise(2, 8, 5, 7), noise(2, 6)
+    nn.init.normal_(block.conv2.weight)
+    before = x.clone()
+    with torch.no_grad():
+        fast = block(x, emb)
+    assert torch.equal(fast, block(x, emb)) and torch.equal(x, before)
+
+
+def test_asymmetric_downsampling_pads_right_and_bottom():
+    x = torch.zeros(1, 1, 4, 4)
+    x[0, 0, 0, 0] = 1.0
+    for asymmetric, tap in ((False, (1, 1)), (True, (0, 0))):
+        down = Downsample(1, asymmetric=asymmetric)
+        expected = down.conv.weight[0, 0][tap] + down.conv.bias
+        torch.testing.assert_close(down(x)[0, 0, 0, 0], expected[0])
+
+
+def test_upsampling_reaches_an_odd_size():
+    up = Upsample(2)
+    assert up(noise(1, 2, 3, 5)).shape == (1, 2, 6, 10)
+    assert up(noise(1, 2, 3, 5), (5, 9)).shape == (1, 2, 5, 9)
+
+
+def test_groups_that_do_not_divide_are_named():
+    with pytest.raises(ConfigError, match="groups=32 does not divide 24 channels"):
+        ResBlock(24, 24)
+
+
+# The autoencoder
+
+
+def test_published_sizes():
+    with torch.device("meta"):
+        vae = build("sd_vae")
+        parts = [count(part) for part in (vae.encoder, vae.decoder, vae.quant_conv, vae.post_quant_conv)]
+        assert parts == [34_163_592, 49_490_179, 72, 20] and count(vae) == 83_653_863
+        assert count(build("sd_vae", latent_channels=16, quant_conv=False)) == 83_819_683
+        assert (vae.latent_channels, vae.downsample) == (4, 8)
+        norms = [module for module in vae.modules() if isinstance(module, nn.GroupNorm)]
+        assert {norm.eps for norm in norms} == {1e-6} and len(norms) == 52
+
+
+@pytest.mark.parametrize("changes", [{}, {"quant_conv": False, "attention": False}, {"patch": 2, "latent_channels": 3}])
+def test_shapes_and_limits(changes):
+    vae = tiny(**changes)
+    f = vae.downsample
+    mean, logvar = vae.encode(noise(2, 3, 2 * f, 3 * f))
+    assert mean.shape == logvar.shape == (2, vae.latent_channels, 2, 3)
+    assert vae.decode(mean).shape == (2, 3, 2 * f, 3 * f)
+    with pytest.raises(ConfigError, match=f"image size {2 * f}x{2 * f + 1} is not divisible.*{f}"):
+        vae.encode(noise(1, 3, 2 * f, 2 * f + 1))
+
+
+def test_log_variance_is_clamped():
+    vae = tiny()
+    nn.init.constant_(vae.quant_conv.bias, 1e3)
+    assert vae.encode(noise(1, 3, 4, 4))[1].max() == 20
+    nn.init.constant_(vae.quant_conv.bias, -1e3)
+    assert vae.encode(noise(1, 3, 4, 4))[1].min() == -30
+
+
+def test_kl_is_the_closed_form():
+    mean, logvar = noise(3, 2, 2), noise(3, 2, 2, seed=1)
+    q = torch.distributions.Normal(mean, (0.5 * logvar).exp())
+    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum((1, 2))
+    torch.testing.assert_close(kl_divergence(mean, logvar), expected)
+
+
+@pytest.mark.parametrize("there, back", [(to_diffusers, from_diffusers), (to_original, from_original)])
+def test_published_names_round_trip(there, back):
+    state = tiny(channel_mult=(1, 1, 2)).state_dict()
+    published = there(state)
+    assert len(published) == len(state) + 4  # q, k and v are one tensor here
+    returned = back(published, state)
+    assert returned.keys() == state.keys() and all(torch.equal(returned[key], state[key]) for key in state)
+    published["first.weight"] = published.pop(next(iter(published)))
+    with pytest.raises(WeightsError, match="missing 1 .*unknown 1"):
+        back(published, state)
+
+
+def test_original_layout_counts_the_decoder_from_full_resolution_and_attends_by_convolution():
+    published = to_original(tiny(channel_mult=(1, 1, 2)).state_dict())
+    assert published["decoder.up.1.upsample.conv.weight"].shape == (8, 8, 3, 3)
+    assert published["decoder.up.1.block.0.nin_shortcut.weight"].shape == (8, 16, 1, 1)
+    assert published["encoder.mid.attn_1.q.weight"].shape == (16, 16, 1, 1)
+    assert published["encoder.mid.attn_1.norm.weight"].shape == (16,)
+    with torch.device("meta"):
+        assert len(to_original(build("sd_vae").state_dict())) == 248
+
+
+# Codecs
+
+
+def test_every_byte_survives_the_pixel_codec():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    codec = PixelCodec()
+    x = codec.encode(images)
+    assert x.min() == -1 and x.max() == 1 and (codec.channels, codec.downsample) == (3, 1)
+    assert torch.equal(codec.decode(x), images)
+    assert to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+
+
+def test_luminance_codec_keeps_grey_and_weighs_colours():
+    codec = PixelCodec(channels=1)
+    grey = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(codec.decode(codec.encode(grey)), grey.expand(1, 3, 16, 16))
+    green = torch.tensor([0, 255, 0], dtype=torch.uint8).view(1, 3, 1, 1)
+    assert codec.decode(codec.encode(green)).flatten().tolist() == [150] * 3  # 0.587 * 255
+
+
+def test_codecs_refuse_what_they_cannot_encode():
+    with pytest.raises(ConfigError, match="channels=4"):
+        PixelCodec(4)
+    with pytest.raises(DataError, match="float32"):
+        PixelCodec().encode(noise(1, 3, 4, 4))
+    with pytest.raises(ConfigError, match="scale has 3 numbers"):
+        LatentCodec(tiny(), scale=[1.0, 2.0, 3.0])
+
+
+def test_latents_are_scaled_and_shifted_and_decode_undoes_it():
+    vae, images = tiny(), pictures(2, 3, 8, 12)
+    scale, shift = [1.0, 2.0, 3.0, 4.0], 0.5
+    codec = LatentCodec(vae, scale, shift)
+    mode, logvar = vae.encode(to_float(images))
+    torch.testing.assert_close(codec.encode(images), (mode - 0.5) * torch.tensor(scale).view(4, 1, 1))
+    assert torch.equal(codec.decode(codec.encode(images)), to_uint8(vae.decode(mode)))
+    z = mode + (0.5 * logvar).exp() * Noise([3, 4])(mode)
+    torch.testing.assert_close(codec.encode(images, Noise([3, 4])), (z - 0.5) * torch.tensor(scale).view(4, 1, 1))
+    assert not codec.train().autoencoder.training and not any(p.requires_grad for p in codec.parameters())
+
+
+def test_latents_stay_float32_under_autocast():
+    codec, images = LatentCodec(tiny()), pictures(1, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = codec.encode(images)
+        images_out = codec.decode(x)
+    assert x.dtype == torch.float32 and torch.equal(x, codec.encode(images))
+    assert torch.equal(images_out, codec.decode(x))
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_measured_latents_are_standardised(per_channel):
+    codec = LatentCodec.measured(tiny(), pictures(96, 3, 8, 8), per_channel=per_channel)
+    x = codec.encode(pictures(96, 3, 8, 8), torch.Generator().manual_seed(0))
+    axes = (0, 2, 3) if per_channel else (0, 1, 2, 3)
+    assert x.mean(axes).abs().max() < 0.1 and (x.std(axes) - 1).abs().max() < 0.1
+    assert len(codec.scale.unique()) == (4 if per_channel else 1)
+    again = LatentCodec(tiny())
+    again.load_state_dict(codec.state_dict())
+    assert torch.equal(again.encode(pictures(2, 3, 8, 8)), codec.encode(pictures(2, 3, 8, 8)))
+
+
+# Discriminator and LPIPS
+
+
+def test_discriminator_is_the_70_pixel_patchgan():
+    discriminator = PatchDiscriminator()
+    assert count(discriminator) == 2_765_633
+    with torch.device("meta"):
+        assert PatchDiscriminator()(torch.empty(1, 3, 256, 256)).shape == (1, 1, 30, 30)
+    x = noise(1, 3, 96, 96).requires_grad_()
+    logits = discriminator.eval()(x)
+    logits[0, 0, 5, 5].backward()
+    rows = x.grad.abs().sum((0, 1, 3)).nonzero()
+    assert rows.max() - rows.min() + 1 == 70
+
+
+def lpips_weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    tensors = {}
+    for stage, convs in enumerate(STAGES):
+        for index, c_in, c_out in convs:
+            tensors[f"features.{index}.weight"] = torch.randn(c_out, c_in, 3, 3) * math.sqrt(2 / (9 * c_in))
+            tensors[f"features.{index}.bias"] = torch.zeros(c_out)
+        tensors[f"lin{stage}.model.1.weight"] = torch.rand(1, convs[-1][2], 1, 1)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def lpips() -> LPIPS:
+    return LPIPS(lpips_weights())
+
+
+def test_lpips_is_zero_for_equal_images_and_reaches_them_with_gradients(lpips):
+    x, y = noise(2, 3, 16, 16).requires_grad_(), noise(2, 3, 16, 16, seed=1)
+    assert torch.equal(lpips(y, y), torch.zeros(2))
+    distance = lpips(x, y)
+    torch.testing.assert_close(distance, lpips(y, x))
+    distance.sum().backward()
+    assert (distance > 0).all() and x.grad.isfinite().all() and x.grad.abs().sum() > 0
+
+
+def test_lpips_weights_are_frozen_complete_and_outside_checkpoints(lpips):
+    heads = [tensor for name, tensor in lpips.named_buffers() if name.startswith("head")]
+    assert sum(head.numel() for head in heads) == 1472
+    assert count(lpips) == 0 and not lpips.state_dict()
+    weights = lpips_weights()
+    del weights["lin3.model.1.weight"]
+    with pytest.raises(WeightsError, match=r"LPIPS: head_3 should be \(1, 512, 1, 1\), found nothing"):
+        LPIPS(weights)
+
+
+# The objective
+
+
+def adversarial(start: int = 0, **knobs) -> AutoencoderObjective:
+    torch.manual_seed(1)
+    discriminator = PatchDiscriminator(channels=4, num_layers=2)
+    return AutoencoderObjective(tiny(), discriminator=discriminator, adversarial_start=start, **knobs)
+
+
+def gradients(module: nn.Module) -> list[torch.Tensor | None]:
+    return [parameter.grad for parameter in module.parameters()]
+
+
+def test_loss_is_its_parts():
+    objective = AutoencoderObjective(tiny(), kl_weight=0.25, reconstruction=l2)
+    loss, logs = objective(batch_of(pictures(2, 3, 8, 8)))
+    assert loss.item() == pytest.approx((logs["reconstruction"] + 0.25 * logs["kl"] / (3 * 8 * 8)).item())
+    assert set(objective.state_dict()) == {f"autoencoder.{key}" for key in tiny().state_dict()} | {"logvar"}
+
+
+def test_posterior_noise_depends_on_position_alone():
+    objective, images = AutoencoderObjective(tiny(), seed=5), pictures(3, 3, 8, 8)
+    whole = objective(batch_of(images))[1]["reconstruction"]
+    alone = [
+        objective({"image": images[i : i + 1], "position": torch.tensor([i]), "step": 9})[1]["reconstruction"]
+        for i in range(3)
+    ]
+    torch.testing.assert_close(whole, torch.stack(alone).mean())
+
+
+def test_one_backward_gives_each_side_its_own_gradient():
+    """The discriminator gets the hinge loss alone, the autoencoder gets nothing from it."""
+    batch = batch_of(pictures(2, 3, 16, 16))
+    both = adversarial()
+    loss, logs = both(batch)
+    loss.backward()
+    x = to_float(batch["image"])
+
+    judge = adversarial()
+    x_hat = reconstruction(judge, batch).detach()
+    judge.discriminator(x_hat)  # the generator's pass: only moves the running statistics
+    real, fake = judge.discriminator(x), judge.discriminator(x_hat)
+    (0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())).backward()
+    for ours, expected in zip(gradients(both.discriminator), gradients(judge.discriminator), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+    maker = adversarial()
+    x_hat = reconstruction(maker, batch)
+    likelihood, fooled = (x_hat - x).abs().mean(), -maker.discriminator(x_hat).mean()
+    last = maker.autoencoder.decoder.conv_out.weight
+    norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (likelihood, fooled)]
+    weight = norms[0] / (norms[1] + 1e-4)
+    torch.testing.assert_close(logs["adaptive_weight"], weight)
+    kl = kl_divergence(*maker.autoencoder.encode(x)).mean() / x[0].numel()
+    (likelihood + 1e-6 * kl + 0.5 * weight.detach() * fooled).backward()
+    for ours, expected in zip(gradients(both.autoencoder), gradients(maker.autoencoder), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def reconstruction(objective: AutoencoderObjective, batch: dict) -> torch.Tensor:
+    """The reconstruction whose error the objective measures, caught on its way out of the decoder."""
+    caught = []
+    hook = objective.autoencoder.decoder.register_forward_hook(lambda module, args, out: caught.append(out))
+    knobs = objective.discriminator
+    objective.discriminator = None
+    objective(batch)
+    objective.discriminator = knobs
+    hook.remove()
+    return caught[0]
+
+
+def test_adversary_waits_for_its_step():
+    objective = adversarial(start=10)
+    loss, logs = objective(batch_of(pictures(2, 3, 16, 16), step=9))
+    loss.backward()
+    assert gradients(objective.discriminator) == [None] * len(gradients(objective.discriminator))
+    assert "discriminator" not in logs
+    assert "discriminator" in objective(batch_of(pictures(2, 3, 16, 16), step=10))[1]
+
+
+def test_lpips_contributes_gradient(lpips):
+    batch = batch_of(pictures(1, 3, 16, 16))
+    plain, perceptual = AutoencoderObjective(tiny()), AutoencoderObjective(tiny(), perceptual=lpips)
+    for objective in (plain, perceptual):
+        objective(batch)[0].backward()
+    last = [objective.autoencoder.decoder.conv_out.weight.grad for objective in (plain, perceptual)]
+    assert not torch.allclose(*last)
+    assert not any(key.startswith("perceptual") for key in perceptual.state_dict())
+
+
+def test_log_variance_of_a_pixel_trains():
+    objective = AutoencoderObjective(tiny(), learn_logvar=True)
+    loss, logs = objective(batch_of(pictures(2, 3, 8, 8)))
+    loss.backward()
+    torch.testing.assert_close(objective.logvar.grad, 1 - logs["reconstruction"])  # d(e / exp(s) + s) / ds at s = 0
+    assert not AutoencoderObjective(tiny()).logvar.requires_grad
+
+
+def test_evaluation_under_no_grad_works_with_an_adversary():
+    with torch.no_grad():
+        loss, logs = adversarial()(batch_of(pictures(2, 3, 16, 16)))
+    assert loss.isfinite() and "generator" in logs
+
+
+def test_psnr():
+    images = torch.full((2, 3, 4, 4), 100, dtype=torch.uint8)
+    rebuilt = torch.stack([images[0], images[1] + 51])
+    torch.testing.assert_close(psnr(images, rebuilt), torch.tensor([100.0, 20 * math.log10(5)], dtype=torch.float64))
+    assert AutoencoderObjective(tiny()).evaluate(images)["psnr"] < 100
+
+
+def test_a_small_autoencoder_learns():
+    torch.manual_seed(0)
+    objective = AutoencoderObjective(build("autoencoder_small", channels=8, groups=4), reconstruction=l2)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
+    flat = pictures(16, 3, 1, 1).expand(-1, -1, 16, 16)
+    before = objective.evaluate(flat)["psnr"]
+    for step in range(40):
+        objective(batch_of(flat, step))[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert objective.evaluate(flat)["psnr"] > before + 5
