@@ -23,7 +23,7 @@ logging.getLogger("diffusers").setLevel(logging.ERROR)
 SD15 = {"channels": 320, "channel_mult": (1, 2, 4, 4), "depth": (1, 1, 1, 0, 1), "context_dim": 768}
 SMALL_SD15 = {**SD15, "channels": 32, "context_dim": 16}
 TEXT = {"channels": 64, "channel_mult": (1, 2, 4), "depth": (1, 1, 0, 1), "context_dim": 128}  # 17.8M parameters
-SMALL_TEXT = {**TEXT, "channels": 32}
+SMALL_TEXT = {**TEXT, "channel_mult": (1, 2), "depth": (1, 0, 1)}
 HEADS = 8  # in every level, which is what diffusers' attention_head_dim=8 means and does unless told otherwise
 
 
@@ -52,7 +52,7 @@ def nhwc(module: nn.Module) -> nn.Module:
     return module.to(memory_format=torch.channels_last)
 
 
-# --- C1: an evaluation of SD 1.5 ---------------------------------------------------------------------------------------
+# --- C1: an evaluation of SD 1.5 --------------------------------------------------------------------------------------
 
 
 def evaluation(dtype: torch.dtype, args) -> None:
@@ -75,7 +75,7 @@ def evaluation(dtype: torch.dtype, args) -> None:
     timed.report(name, "ldm", ["diffusers", "diffusers nhwc"], target=target, error=error)
 
 
-# --- C2: a training step -----------------------------------------------------------------------------------------------
+# --- C2: a training step ----------------------------------------------------------------------------------------------
 
 
 def training_step(net: nn.Module, call: Callable[[], Tensor], target: Tensor) -> Callable[[], None]:

@@ -144,6 +144,7 @@ def build_objective(cfg: dict, codec: Any, conditioner: Any) -> "tuple[nn.Module
         "conditioner": lambda: conditioner,
         "density": lambda: make(cfg["density"]),
         "weighting": lambda: make(cfg["weighting"]),
+        "reconstruction": lambda: make(cfg["reconstruction"]),
         "discriminator": lambda: make(cfg["discriminator"]) if cfg["discriminator"] else None,
         "perceptual": lambda: make(cfg["perceptual"]) if cfg["perceptual"] else None,
     }

@@ -98,7 +98,7 @@ def _ends(process: Process, sigma_min: float | None, sigma_max: float | None) ->
     high = process.ratio(process.t_max) if sigma_max is None else sigma_max
     low = process.ratio(process.t_min) if sigma_min is None else sigma_min
     if not 0 < low < high <= process.ratio(1.0):
-        raise ConfigError(f"0 < sigma_min={low:g} < sigma_max={high:g} <= {process.ratio(1.0):g}, the process' own, must hold")
+        raise ConfigError(f"sigma_min={low:g} < sigma_max={high:g} must lie between 0 and {process.ratio(1.0):g}")
     return high, low
 
 

@@ -11,6 +11,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nn.attention import SelfAttention
@@ -113,16 +114,20 @@ class AutoencoderKL(nn.Module):
         attention: bool = True,  # in the middle; nowhere else
         groups: int = 32,
         quant_conv: bool = True,  # the 1x1 convolutions around the latent
+        patch: int = 1,  # pixels that share a position of the first level; more than 1 spares the full resolution
     ):
         super().__init__()
         widths = [channels * mult for mult in channel_mult]
-        z = latent_channels
-        self.encoder = Encoder(in_channels, 2 * z, widths, num_res_blocks, attention, groups)
-        self.decoder = Decoder(z, in_channels, widths, num_res_blocks + 1, attention, groups)
+        pixels, z = in_channels * patch**2, latent_channels
+        self.encoder = Encoder(pixels, 2 * z, widths, num_res_blocks, attention, groups)
+        self.decoder = Decoder(z, pixels, widths, num_res_blocks + 1, attention, groups)
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1) if quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(z, z, 1) if quant_conv else nn.Identity()
         self.latent_channels = latent_channels
-        self.downsample = 2 ** (len(widths) - 1)
+        self.patch = patch
+        self.downsample = patch * 2 ** (len(widths) - 1)
+        # Deviation: the posterior starts narrow (std 0.05, not 1), so the decoder sees the image from the first step.
+        narrow_(self.quant_conv if quant_conv else self.encoder.conv_out, z)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x): (B C H W) -> 2 x (B Z H/f W/f)."""
@@ -132,12 +137,19 @@ class AutoencoderKL(nn.Module):
                 f"image size {height}x{width} is not divisible by the autoencoder's down-sampling of "
                 f"{self.downsample}; crop or resize the images to a multiple of {self.downsample}"
             )
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        h = self.encoder(F.pixel_unshuffle(x, self.patch))
+        mean, logvar = self.quant_conv(h).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents to an image of about [-1, 1]: (B Z H/f W/f) -> (B C H W)."""
-        return self.decoder(self.post_quant_conv(z))
+        return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.patch)
+
+
+@torch.no_grad()
+def narrow_(layer: nn.Conv2d, latent_channels: int, logvar: float = -6.0) -> None:
+    """Start the log-variances, the second half of the layer's output, at a constant."""
+    layer.bias[latent_channels:].fill_(logvar)
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:

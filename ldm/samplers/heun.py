@@ -10,6 +10,8 @@ from ldm.diffusion.process import Process
 from ldm.samplers.common import Level, intervals, move
 from ldm.utils.seeding import Noise, randn_like
 
+NO_SIGNAL = 1e3  # sigma / alpha
+
 
 def sample(
     denoise: Callable[[Tensor, float], Tensor],
@@ -26,7 +28,8 @@ def sample(
 ) -> Tensor:
     """x_T (B C H W) at times[0] -> x at times[-1] in 2 steps - 1 evaluations; s_churn = 0 is the ODE (Algorithm 1).
 
-    A step from where there is no signal, or to clean data, is Euler's: the slope at that end is not finite.
+    A step to clean data is Euler's, as its slope there is not finite. Deviation: so is one from beyond NO_SIGNAL (the
+    paper's sigma_max is 80): processes that end in pure noise leave it in one step, too long for a trapezoid.
     s_min and s_max are in sigma / alpha. callback(step, steps, x, x0) may change x in place.
     """
     x, steps = x_T, intervals(times)
@@ -39,7 +42,7 @@ def sample(
         now, then = process(t), process(s)
         x0 = denoise(x, t)
         x_s = move(x, x0, now, then)
-        if 0 < r_s and r < math.inf:
+        if r_s > 0 and r < NO_SIGNAL:
             slope = _eps(x, x0, now)
             x0 = denoise(x_s, s)
             # the trapezoid's (slope + slope_s) / 2 in place of slope

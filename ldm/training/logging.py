@@ -37,11 +37,12 @@ class MetricsLog:
         if len(kept) < len(lines):
             with replacing(path) as file:
                 file.writelines(lines[i] for i in kept)
-        self.file = open(path, "a", encoding="utf-8")
+        self.file = open(path, "ab")
 
     def write(self, record: Mapping[str, Any]) -> None:
+        """Raises OSError on a full disk; what could not be written then goes out with the next record."""
         self.last |= record
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(f"{json.dumps(record)}\n".encode())
         self.file.flush()
 
 

@@ -42,7 +42,7 @@ def constant(step: int, total: int, *, warmup: int = 0) -> float:
 
 def cosine(step: int, total: int, *, warmup: int = 0, final: float = 0.0) -> float:
     """As `constant`, then half a cosine down to `final` at step `total` (arXiv:1608.03983, Eq. 5, one cycle)."""
-    if step <= warmup:
+    if step < warmup:
         return step / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,8 @@ class Report:
     def __exit__(self, *_) -> None:
         self.progress.bar.close()
         if self.world.is_main:
-            self.metrics.file.close()
+            with suppress(OSError):
+                self.metrics.file.close()
         if self.logger:
             self.logger.close()
 
@@ -122,7 +123,10 @@ class Report:
             self.unreported = record  # the checkpoint keeps it, and a resumed run begins with this again
             return
         record = {**record, **{name: finite(float(value)) for name, value in (numbers or {}).items()}}
-        self.metrics.write(record)
+        try:
+            self.metrics.write(record)
+        except OSError as error:
+            self.say(f"warning: cannot write metrics.jsonl at step {step}: {error.strerror}; training goes on")
         self.progress.show(step, record)
         if self.logger:
             self.logger.log(step, record)
