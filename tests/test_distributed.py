@@ -1,5 +1,6 @@
 """Two processes over gloo: the gradients of one, the same decisions in the same step, and no waiting for the dead."""
 
+import importlib
 import json
 import os
 import signal
@@ -27,8 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True, scope="module")
 def _warm():
     """What optimizers and DDP import when first used, once here instead of in every child."""
-    import torch._dynamo
-
+    importlib.import_module("torch._dynamo")
     adamw(toy.Toy())
 
 

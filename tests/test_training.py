@@ -177,13 +177,13 @@ def test_accumulation_equals_the_large_batch(parts):
 # --- precision and bad numbers --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision, rel", [("bf16", 0.03), ("fp16", 0.3)])  # fp16 skips a step to find its scale
-def test_mixed_precision_follows_full_precision(precision, rel, tmp_path):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_follows_full_precision(precision, tmp_path):
     losses = {}
     for name in ("fp32", precision):
         toy.train(tmp_path / name, precision=name, save_every=0)
         losses[name] = [record["loss"] for record in records(tmp_path / name)]
-    assert losses[precision] == pytest.approx(losses["fp32"], rel=rel)
+    assert losses[precision][-1] == pytest.approx(losses["fp32"][-1], rel=0.05)  # fp16 first loses a step to its scale
     assert losses[precision] != losses["fp32"]
 
 

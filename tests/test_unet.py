@@ -12,7 +12,7 @@ from ldm.nn.attention import CrossAttention, SelfAttention
 from ldm.nn.embeddings import sinusoid
 from ldm.nn.linear import Linear
 from ldm.utils.errors import ConfigError, WeightsError
-from ldm.weights.unet import diffusers_names, to_ours, to_theirs
+from ldm.weights.unet import diffusers_names, from_diffusers, to_diffusers
 
 
 def published(name, **changes):
@@ -77,7 +77,8 @@ def test_starts_at_zero_and_every_parameter_gets_a_gradient():
     x, t, context = inputs()
     conditions = dict(context=context, pooled=torch.randn(2, 8), size=torch.rand(2, 3), labels=torch.tensor([0, 4]))
     knobs = dict(context_dim=24, pooled_dim=8, num_sizes=3, num_classes=5, dropout=0.1)
-    assert not UNet(4, channels=32, channel_mult=[1, 1], depth=[1, 1, 1], head_dim=32, **knobs)(x, t, **conditions).any()
+    fresh = UNet(4, channels=32, channel_mult=[1, 1], depth=[1, 1, 1], head_dim=32, **knobs)
+    assert not fresh(x, t, **conditions).any()
     for checkpointing in (False, True):
         net = tiny(**knobs, checkpointing=checkpointing).train()
         net(x, t, **conditions).square().sum().backward()
@@ -89,8 +90,8 @@ def test_checkpointing_and_channels_last_change_nothing():
     net = tiny()
     expected = net(x, t, context=context)
     assert torch.equal(tiny(checkpointing=True)(x, t, context=context), expected)
-    channels_last = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t, context=context)
-    assert torch.allclose(channels_last, expected, atol=1e-5)
+    nhwc = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t, context=context)
+    assert nhwc.is_contiguous(memory_format=torch.channels_last) and torch.allclose(nhwc, expected, atol=1e-5)
 
 
 @torch.no_grad()
@@ -98,15 +99,19 @@ def test_each_condition_matters_and_each_image_sees_its_own():
     x, t, context = inputs()
     net = tiny(pooled_dim=8, num_sizes=2, num_classes=3, in_channels=5, out_channels=4)
     given = dict(
-        context=context, pooled=torch.randn(2, 8), size=torch.tensor([[64.0, 32.0]] * 2), labels=torch.tensor([0, 1]),
+        context=context,
+        pooled=torch.randn(2, 8),
+        size=torch.tensor([[64.0, 32.0]] * 2),
+        labels=torch.tensor([0, 1]),
         image=torch.randn(2, 1, 8, 8),
-    )  # fmt: skip
+    )
     expected = net(x, t, **given)
     for name, value in given.items():
         other = value.clone()
         other[1] = (other[1] + 1) % 3 if name == "labels" else other[1] + torch.randn(other[1].shape)
         out = net(x, t, **given | {name: other})
-        assert torch.allclose(out[0], expected[0], atol=1e-5) and not torch.allclose(out[1], expected[1], atol=1e-4), name
+        assert torch.allclose(out[0], expected[0], atol=1e-5), name
+        assert not torch.allclose(out[1], expected[1], atol=1e-4), name
 
 
 @torch.no_grad()
@@ -162,13 +167,12 @@ def test_sizes_that_do_not_fit(knobs):
 
 def test_round_trip_of_names_and_strictness():
     state = tiny(pooled_dim=8, num_classes=3, linear_projection=False).state_dict()
-    names = diffusers_names(state)
-    theirs = to_theirs(state, names)
+    theirs = to_diffusers(state)
     assert "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v.weight" in theirs
-    assert all(torch.equal(value, state[key]) for key, value in to_ours(theirs, names).items())
+    assert all(torch.equal(value, state[key]) for key, value in from_diffusers(theirs, state).items())
     theirs["lora.weight"] = theirs.pop("conv_in.bias")
     with pytest.raises(WeightsError, match=r"missing 1 \(conv_in.bias\); unknown 1 \(lora.weight\)"):
-        to_ours(theirs, names)
+        from_diffusers(theirs, state)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -1,18 +1,10 @@
-"""Names of the UNet's parameters in published files.
+"""Names of the UNet's parameters in published files; tables as in `ledger`."""
 
-A row is (pattern of ours, theirs), or (pattern of ours, theirs, theirs, ...) where a fused projection of ours is
-several tensors of theirs, stacked along the first axis. Values are never changed: a round trip is bit-exact.
-"""
-
-import re
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
-from ldm.utils.errors import WeightsError
-
-Names = dict[str, tuple[str, ...]]  # our key -> their keys
+from ldm.weights.ledger import Names, to_ours, to_theirs, translate
 
 DIFFUSERS = [  # unet/diffusion_pytorch_model.safetensors
     (r"^conditioning\.time_mlp\.fc", "time_embedding.linear_"),
@@ -48,36 +40,11 @@ def diffusers_names(keys: Iterable[str]) -> Names:
     return {key: translate(key, DIFFUSERS + TRANSFORMER) for key in keys}
 
 
-def translate(key: str, table: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """Apply each row of the table, top to bottom, at most once."""
-    theirs = (key,)
-    for pattern, *names in table:
-        if re.search(pattern, theirs[0]):
-            theirs = tuple(re.sub(pattern, name, theirs[0], count=1) for name in names)
-    return theirs
+def from_diffusers(state: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
+    """A diffusers state dict under our names. Raises WeightsError unless every key is used and none is missing."""
+    return to_ours(state, diffusers_names(keys))
 
 
-def to_ours(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
-    """A published state dict under our names. WeightsError names keys that are missing or left over."""
-    expected = {their for theirs in names.values() for their in theirs}
-    missing, unknown = sorted(expected - state.keys()), sorted(state.keys() - expected)
-    if missing or unknown:
-        raise WeightsError(f"weights made for another network: missing {listing(missing)}; unknown {listing(unknown)}")
-    return {
-        our: state[theirs[0]] if len(theirs) == 1 else torch.cat([state[their] for their in theirs])
-        for our, theirs in names.items()
-    }
-
-
-def to_theirs(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
-    """Our state dict under published names: the inverse of `to_ours`. Parts of a fused tensor are copies."""
-    published = {}
-    for our, theirs in names.items():
-        parts = [part.clone() for part in state[our].chunk(len(theirs))] if len(theirs) > 1 else [state[our]]
-        published |= zip(theirs, parts, strict=True)
-    return published
-
-
-def listing(keys: list[str]) -> str:
-    """The first three keys and how many there are."""
-    return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "none"
+def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `from_diffusers`."""
+    return to_theirs(state, diffusers_names(state))

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from ldm.models.unet import UNet
-from ldm.weights.unet import diffusers_names, to_ours, to_theirs
+from ldm.weights.unet import from_diffusers, to_diffusers
 
 diffusers = pytest.importorskip("diffusers")
 
 # ours, theirs. In diffusers `attention_head_dim` is the number of heads (its issue 2011).
 SD15 = (
-    dict(in_channels=4, channels=32, channel_mult=[1, 2, 2], num_res_blocks=2, depth=[1, 1, 0, 1], head_dim=[4, 8, 8], context_dim=24),
+    dict(channels=32, channel_mult=[1, 2, 2], depth=[1, 1, 0, 1], head_dim=[4, 8, 8], context_dim=24),
     dict(
         block_out_channels=(32, 64, 64),
         layers_per_block=2,
@@ -21,7 +21,7 @@ SD15 = (
     ),
 )
 SDXL = (
-    dict(in_channels=4, channels=32, channel_mult=[1, 2, 3], num_res_blocks=2, depth=[0, 2, 3, 3], head_dim=32, context_dim=40),
+    dict(channels=32, channel_mult=[1, 2, 3], depth=[0, 2, 3, 3], head_dim=32, context_dim=40),
     dict(
         block_out_channels=(32, 64, 96),
         layers_per_block=2,
@@ -41,15 +41,14 @@ SDXL[0].update(pooled_dim=20, num_sizes=6)
 
 
 def pair(config, seed, scale=1.0):
-    """Ours and theirs with the same weights, every zero drawn anew."""
+    """Ours and theirs with the same weights; what starts constant (norms, biases, zeroed layers) is drawn anew."""
     torch.manual_seed(seed)
     theirs = diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, sample_size=8, **config[1]).eval()
     for parameter in theirs.parameters():
-        if not parameter.any():
-            parameter.data.normal_(0, 0.1)
-        parameter.data.mul_(scale)
-    ours = UNet(**config[0]).eval()
-    ours.load_state_dict(to_ours(theirs.state_dict(), diffusers_names(ours.state_dict())))
+        constant = parameter.min() == parameter.max()
+        parameter.data.add_(0.1 * torch.randn_like(parameter) * constant).mul_(scale)
+    ours = UNet(4, **config[0]).eval()
+    ours.load_state_dict(from_diffusers(theirs.state_dict(), ours.state_dict()))
     return ours, theirs
 
 
@@ -73,8 +72,7 @@ def test_equals_diffusers(config, seed, size, scale):
     ours, theirs = pair(config, seed, scale)
     x, t, cond, added = inputs(config, size)
     expected = theirs(x, t, cond["context"], added_cond_kwargs=added or None).sample
-    e = error(ours(x, t, **cond), expected); print("ERR", e)
-    assert e <= 2e-5
+    assert error(ours(x, t, **cond), expected) <= 2e-5
 
 
 @pytest.mark.parametrize("config", [SD15, SDXL], ids=["sd15", "sdxl"])
@@ -95,14 +93,12 @@ def test_residuals_and_mask_equal_diffusers(config):
         down_block_additional_residuals=residuals[:-1],
         mid_block_additional_residual=residuals[-1],
     ).sample
-    e = error(ours(x, t, context_mask=mask, residuals=residuals, **cond), expected); print("ERR",e)
-    assert e <= 2e-5
+    assert error(ours(x, t, context_mask=mask, residuals=residuals, **cond), expected) <= 2e-5
 
 
 @pytest.mark.parametrize("config", [SD15, SDXL], ids=["sd15", "sdxl"])
 def test_round_trip_is_bit_exact(config):
     ours, theirs = pair(config, seed=5)
-    names = diffusers_names(ours.state_dict())
-    published = to_theirs(ours.state_dict(), names)
+    published = to_diffusers(ours.state_dict())
     assert published.keys() == theirs.state_dict().keys()
     assert all(torch.equal(published[key], value) for key, value in theirs.state_dict().items())
