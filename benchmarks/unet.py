@@ -134,8 +134,8 @@ def pixel_training(args) -> None:
 
 
 def flops(call: Callable[[], Tensor]) -> int:
-    """Two per multiply-add, of the forward pass."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    """Two per multiply-add, of the forward pass; without oneDNN, whose operators the counter does not know."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
         call()
     return counter.get_total_flops()
 

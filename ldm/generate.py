@@ -47,7 +47,7 @@ class Edit:
 
 @torch.no_grad()
 def generate(
-    objective: nn.Module,  # denoiser, codec and conditioner
+    objective: nn.Module,  # denoiser, codec and conditioner, in evaluation mode
     prompts: Sequence[str],
     seeds: Sequence[int],  # one per prompt
     sampling: Sampling,
@@ -63,8 +63,6 @@ def generate(
         raise DataError("the list of prompts is empty; give at least one, e.g. prompts='[a red circle]'")
     if len(prompts) != len(seeds):
         raise DataError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
-    was_training = objective.training
-    objective.eval()
     times = sampling.times(objective.denoiser.process)
     starts = range(0, len(prompts), batch_size)
     bar = tqdm(total=len(starts) * (len(times) - 1), desc="sampling", unit="step", disable=None if progress else True)
@@ -75,7 +73,6 @@ def generate(
         x = _sample(objective, denoise, seeds[part], sampling, times, image_size, edit, lambda *_: bar.update())
         images.append(objective.codec.decode(x).cpu())
     bar.close()
-    objective.train(was_training)
     return torch.cat(images)
 
 

@@ -71,9 +71,9 @@ def test_denoisers_block_starts_as_its_skip_and_an_autoencoders_does_not():
 def test_residual_block_gradients_without_and_with_embedding():
     torch.manual_seed(0)
     for emb_dim in (None, 3):
-        block = ResBlock(4, 6, emb_dim, groups=2).double()
+        block = ResBlock(2, 4, emb_dim, groups=2).double()
         nn.init.normal_(block.conv2.weight)
-        x = noise(1, 4, 3, 3).double().requires_grad_()
+        x = noise(1, 2, 2, 3).double().requires_grad_()
         emb = noise(1, 3).double().requires_grad_()
         assert torch.autograd.gradcheck(block, (x, emb) if emb_dim else (x,))
 
@@ -100,6 +100,16 @@ def test_upsampling_reaches_an_odd_size():
     up = Upsample(2)
     assert up(noise(1, 2, 3, 5)).shape == (1, 2, 6, 10)
     assert up(noise(1, 2, 3, 5), (5, 9)).shape == (1, 2, 5, 9)
+
+
+def test_upsampling_by_transposed_convolution_is_nearest_then_convolution():
+    up, x = Upsample(2), noise(2, 2, 32, 34).requires_grad_()
+    slow = up.conv(nn.functional.interpolate(x, scale_factor=2.0))
+    for fast in (up(x), up(x.detach()), up(x, (64, 68))):
+        torch.testing.assert_close(fast, slow)
+    expected = torch.autograd.grad(slow.square().sum(), [x, *up.parameters()])
+    found = torch.autograd.grad(up(x).square().sum(), [x, *up.parameters()])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)  # sums over 2176 positions
 
 
 def test_groups_that_do_not_divide_are_named():
@@ -151,7 +161,7 @@ def test_kl_is_the_closed_form():
 def test_published_names_round_trip(there, back):
     state = tiny(channel_mult=(1, 1, 2)).state_dict()
     published = there(state)
-    assert len(published) == len(state) + 4  # q, k and v are one tensor here
+    assert len(published) == len(state) + 8  # two weights and two biases are three each there
     returned = back(published, state)
     assert returned.keys() == state.keys() and all(torch.equal(returned[key], state[key]) for key in state)
     published["first.weight"] = published.pop(next(iter(published)))
@@ -235,12 +245,12 @@ def test_measured_latents_are_standardised(per_channel):
 
 
 def test_discriminator_is_the_70_pixel_patchgan():
-    discriminator = PatchDiscriminator()
-    assert count(discriminator) == 2_765_633
     with torch.device("meta"):
-        assert PatchDiscriminator()(torch.empty(1, 3, 256, 256)).shape == (1, 1, 30, 30)
+        discriminator = PatchDiscriminator()
+        assert count(discriminator) == 2_765_633
+        assert discriminator(torch.empty(1, 3, 256, 256)).shape == (1, 1, 30, 30)
     x = noise(1, 3, 96, 96).requires_grad_()
-    logits = discriminator.eval()(x)
+    logits = PatchDiscriminator(channels=2).eval()(x)
     logits[0, 0, 5, 5].backward()
     rows = x.grad.abs().sum((0, 1, 3)).nonzero()
     assert rows.max() - rows.min() + 1 == 70

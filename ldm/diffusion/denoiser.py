@@ -52,14 +52,14 @@ class Denoiser(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The raw network output F (B C H W), and v where there is one."""
         F = self.net(self.prediction.net_input(x_t, alpha, sigma), t_net, **cond)
-        channels = x_t.shape[1]
-        if F.shape[1] == channels:
+        channels = x_t.size(1)
+        if F.size(1) == channels:
             return F, None
         return F[:, :channels], F[:, channels:]
 
     def _at(self, t: float, x_t: Tensor) -> tuple[float, float, Tensor, float, Tensor]:
         """alpha, sigma, c_skip, c_out and t_net (B,) of a number t, remembered: they would cost as much as a step."""
-        key = t, x_t.shape[0], x_t.dtype, x_t.device, self.process, self.prediction
+        key = t, x_t.size(0), x_t.dtype, x_t.device, self.process, self.prediction
         if key not in self._known:
             if len(self._known) > 4096:
                 self._known.clear()

@@ -6,6 +6,7 @@ A mask is boolean, True = keep. An image whose mask keeps nothing gets zeros, no
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.nn.blockwise import BlockAttention, blockwise_is_faster
 from ldm.nn.linear import Linear
 
 
@@ -19,7 +20,10 @@ def attention(
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # B H N d
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None, :]  # B 1 1 L
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    if mask is None and not causal and blockwise_is_faster(q, k):
+        out = BlockAttention.apply(q, k, v)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return out.transpose(1, 2).flatten(2)  # B N (H d), a view: the kernels return it in this order
 
 

@@ -25,7 +25,8 @@ def move(x: Tensor, x0: Tensor, now: Level, then: Level) -> Tensor:
     """
     (alpha, sigma), (alpha_s, sigma_s) = now, then
     keep = sigma_s / sigma
-    return torch.add(x * keep, x0, alpha=alpha_s - alpha * keep)
+    # keep x + (alpha_s - alpha keep) x0, by way of a lerp: multiplying by a Python number takes torch as long as both
+    return torch.lerp(x0, x, keep).add_(x0, alpha=alpha_s - alpha * keep - (1 - keep))
 
 
 def posterior_std(now: Level, then: Level) -> float:

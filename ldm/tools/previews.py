@@ -1,5 +1,6 @@
 """What training shows of itself: a picture and an evaluation now and then, always from the averaged weights."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class Previews:
         return self.metrics(*self._subject()) if self.metrics else {}
 
     def _subject(self) -> tuple:
-        averaged = self.ema.applied(self.objective) if self.ema else self.objective
+        averaged = self.ema.applied(self.objective) if self.ema else copy.deepcopy(self.objective).eval()
 
         def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
             return generate(averaged, prompts, seeds, self.sampling, image_size=self.cfg["image_size"])

@@ -1,5 +1,6 @@
 """Where records go: metrics.jsonl, a progress line, and loggers that may fail without harm."""
 
+import atexit
 import json
 import math
 import queue
@@ -90,6 +91,8 @@ class Isolated:
         self.make, self.say = make, say
         self.calls: queue.Queue = queue.Queue(PENDING)
         self.dropped = 0
+        self.exit_handlers: list[Callable] = []
+        self.register, atexit.register = atexit.register, self._register
         self.thread = threading.Thread(target=self._work, name="logger", daemon=True)
         self.thread.start()
 
@@ -102,10 +105,19 @@ class Isolated:
     def close(self) -> None:
         self._put("close")
         self.thread.join(BUDGET)
+        atexit.register = self.register
         if self.thread.is_alive():
-            self.say(f"warning: the logger did not finish within {BUDGET:.0f} s; metrics.jsonl has everything")
+            for handler in self.exit_handlers:
+                atexit.unregister(handler)
+            self.say(f"warning: the logger did not finish within {BUDGET:g} s; metrics.jsonl has everything")
         elif self.dropped:
-            self.say(f"warning: the logger missed {self.dropped} records; metrics.jsonl has everything")
+            self.say("warning: the logger missed some records; metrics.jsonl has everything")
+
+    def _register(self, handler: Callable, *arguments: Any, **named: Any) -> Callable:
+        """Stands in for atexit.register: what a hanging logger left there would make the whole process wait for it."""
+        if threading.current_thread() is self.thread:
+            self.exit_handlers.append(handler)
+        return self.register(handler, *arguments, **named)
 
     def _put(self, *call: Any) -> None:
         try:
@@ -114,18 +126,26 @@ class Isolated:
             self.dropped += 1
 
     def _work(self) -> None:
-        logger, failed, name = None, False, ""
-        while name != "close":
-            name, *arguments = self.calls.get()
-            try:
-                logger = logger or self.make()
-                getattr(logger, name)(*arguments)
-            except BaseException as error:  # even SystemExit: wandb's
-                if not failed:
-                    reason = (str(error).splitlines() or [""])[0][:200]
-                    self.say(f"warning: the logger failed ({type(error).__name__}: {reason}); training goes on")
-                failed = True
-                self.dropped += 1
+        name = ""
+        try:
+            logger = self.make()
+            while name != "close":
+                name, *arguments = self.calls.get()
+                self._attempt(getattr(logger, name), *arguments)
+        except BaseException as error:  # it could not even be made
+            self._failed(error)
+
+    def _attempt(self, call: Callable, *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except BaseException as error:  # even SystemExit, which wandb raises
+            self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
+        if self.dropped == 0:
+            reason = (str(error).splitlines() or [""])[0][:200]
+            self.say(f"warning: the logger failed ({type(error).__name__}: {reason}); training goes on")
+        self.dropped += 1
 
 
 class Wandb:

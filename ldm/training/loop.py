@@ -98,7 +98,6 @@ def fit(
 
     Raises Interrupted after a signal, NonFiniteError, DataError or ConfigError; whatever was finished is saved first.
     """
-    trainer.check_split(world.size)
     with ExitStack() as stack:
         world.first(lambda: stack.enter_context(run.lock()))
         session = Session(objective, optimizer, trainer, run, ema, world)
@@ -118,8 +117,7 @@ def fit(
             session.watch(step, skipped, report)
             report.step(step, {**logs, "loss": loss, "lr": lr, "grad_norm": norm})
             number = world.agree(signals.number)
-            if number or trainer.due(step, trainer.save_every) or step == trainer.steps:
-                session.save(step, report, last=number > 0 or step == trainer.steps)
+            session.save(step, report, stop=number > 0)
             if number:
                 signals.leave(number)
         return report.summary(objective)
@@ -164,6 +162,7 @@ class Session:
         ema: EMA | None,
         world: World,
     ):
+        trainer.check_split(world.size)
         self.objective, self.optimizer, self.trainer = objective, optimizer, trainer
         self.run, self.ema, self.world = run, ema, world
         self.device = next(objective.parameters()).device
@@ -191,9 +190,10 @@ class Session:
             print(f"continuing from {directory}", file=sys.stderr)
         return state
 
-    def save(self, step: int, report: Report, *, last: bool) -> None:
-        """Write a checkpoint. A full disk is forgiven a few times, but not at the end of a run."""
-        if step == self.saved:
+    def save(self, step: int, report: Report, *, stop: bool) -> None:
+        """Write a checkpoint if one is due. A full disk is forgiven a few times, but not at the end of a run."""
+        last = stop or step == self.trainer.steps
+        if step == self.saved or not (last or self.trainer.due(step, self.trainer.save_every)):
             return
 
         def write() -> None:
@@ -204,6 +204,8 @@ class Session:
             try:
                 self.world.first(write)
                 self.saved, self.failed_saves = step, 0
+                if stop:
+                    report.say(f"saved step {step}; the same command continues from there")
             except CheckpointError as error:
                 self.failed_saves += 1
                 if last or self.failed_saves == MAX_FAILED_SAVES:
@@ -236,7 +238,7 @@ class Session:
         except (DataError, StopIteration, torch.OutOfMemoryError) as error:
             self.optimizer.zero_grad(set_to_none=True)
             if self.world.size == 1:  # other ranks are not here to take part
-                self.save(step, report, last=True)
+                self.save(step, report, stop=True)
             if isinstance(error, DataError):
                 raise
             if isinstance(error, StopIteration):
