@@ -63,12 +63,16 @@ def build_first_stage(cfg: dict, path: Path, data, device, world):
     """The codec and its completed node; an autoencoder that is asked for and not there yet is trained first."""
     from ldm.build import build_codec, compose
     from ldm.generate import codec_of_run
+    from ldm.utils.errors import ConfigError
 
     node = cfg["codec"]
     if "experiment" not in node:
         return build_codec(node), node
     source = Path(node["run"] or path / "autoencoder")
     if not (source / "summary.json").exists():
+        if node["run"]:
+            raise ConfigError(f"codec.run={source} holds no finished autoencoder (no summary.json); leave it out to train one")
+        print(f"first stage: the autoencoder, experiment={node['experiment']}, in {source}")
         stage = compose("train", [f"experiment={node['experiment']}", *cfg['first_stage']])
         stage |= {name: cfg[name] for name in ("data", "image_size", "seed", "flip", "device")}
         train(stage, source, device, world)

@@ -109,7 +109,7 @@ def _clocks() -> tuple[float, float, float]:
 
 def _busy_elsewhere(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
     wall, own, busy = (b - a for a, b in zip(before, after, strict=True))
-    return max(0.0, (busy - own) / max(wall * (os.cpu_count() or 1), 1e-9))
+    return min(max((busy - own) / (wall * (os.cpu_count() or 1)), 0.0), 1.0)
 
 
 def _digits(seconds: float) -> float:

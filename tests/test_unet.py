@@ -165,6 +165,14 @@ def test_sizes_that_do_not_fit(knobs):
         tiny(**knobs)
 
 
+def test_without_text():
+    x, t, _ = inputs()
+    net = tiny(context_dim=None)
+    assert net(x, t).shape == x.shape
+    with pytest.raises(ConfigError, match="`context_mask` .* no use"):
+        net(x, t, context_mask=torch.ones(2, 6, dtype=torch.bool))
+
+
 def test_round_trip_of_names_and_strictness():
     state = tiny(pooled_dim=8, num_classes=3, linear_projection=False).state_dict()
     theirs = to_diffusers(state)
@@ -176,11 +184,12 @@ def test_round_trip_of_names_and_strictness():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_equals_torch(bias):
-    """Also its first and second derivatives, and for inputs of any stride."""
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.mT.contiguous().mT, lambda x: x.repeat(1, 1, 2)[..., :48]])
+def test_linear_equals_torch(bias, view):
+    """Also its first and second derivatives, for inputs of any stride."""
     torch.manual_seed(0)
     layer = Linear(48, 96, bias=bias)
-    x = torch.randn(2, 48, 512).transpose(1, 2).requires_grad_()
+    x = view(torch.randn(2, 512, 48)).detach().requires_grad_()
     assert linear_module.use_onednn(x, layer.weight) == linear_module.ONEDNN
     results = []
     for f in (layer, lambda x: F.linear(x, layer.weight, layer.bias)):

@@ -238,9 +238,11 @@ class VectorConditioning(nn.Module):
         vector_dim = (pooled_dim or 0) + num_sizes * SIZE_DIM
         self.time_mlp = MLP(channels, emb_dim, emb_dim)
         self.vector_mlp = MLP(vector_dim, emb_dim, emb_dim) if vector_dim else None
-        self.label_embedding = nn.Embedding(num_classes, emb_dim) if num_classes else None
+        self.label_embedding = nn.Embedding(num_classes + 1, emb_dim) if num_classes else None
 
-    def forward(self, t: Tensor, pooled: Tensor | None, size: Tensor | None, labels: Tensor | None, dtype) -> Tensor:
+    def forward(
+        self, t: Tensor, pooled: Tensor | None, size: Tensor | None, labels: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         check_condition("pooled", pooled, self.pooled_dim, "pooled_dim")
         check_condition("size", size, self.num_sizes, "num_sizes")
         check_condition("labels", labels, self.num_classes, "num_classes")
@@ -296,7 +298,7 @@ class UNet(nn.Module):
         context_dim: int | None = None,  # D of `context`
         pooled_dim: int | None = None,  # D of `pooled`
         num_sizes: int = 0,  # K of `size`
-        num_classes: int | None = None,  # of `labels`, the null class included
+        num_classes: int | None = None,  # of `labels`; the null class is one more row
         linear_projection: bool = True,  # False: files hold a transformer's ends as 1x1 convolutions, as SD 1.x
         dropout: float = 0.0,  # in the ResBlocks, as published
         checkpointing: bool = False,  # recompute each block in the backward pass: less memory, a third more time
@@ -340,6 +342,8 @@ class UNet(nn.Module):
     ) -> Tensor:
         """residuals: one tensor per skip, finest first, then one for the middle. Errors: ConfigError."""
         check_condition("context", context, self.context_dim, "context_dim")
+        if context is None:
+            check_condition("context_mask", context_mask, None, "context_dim")
         emb = self.conditioning(t, pooled, size, labels, x.dtype)  # B E
         skips = self.encoder(self.concatenate(x, image), emb, context, context_mask)
         h = self.middle(skips[-1], emb, context, context_mask)

@@ -1,6 +1,6 @@
 """Multi-head attention for the whole project: one `scaled_dot_product_attention`, two modules with fused projections.
 
-A mask is boolean, True = keep. An image whose mask keeps nothing gets zeros, not NaN: torch's kernels promise it.
+A mask is boolean, True = keep. An image whose mask keeps nothing gets zeros, not NaN (torch >= 2.5).
 """
 
 import torch.nn.functional as F

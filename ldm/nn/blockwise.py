@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ldm.nn.linear import matmul_t, use_onednn
+from ldm.nn.linear import matmul_t, onednn_takes
 
 ROWS = 256  # queries in a block: 256 x 4096 scores are 4 MB in float32
 MIN_KEYS = 256  # below it, and
@@ -20,8 +20,8 @@ MIN_WORK = 1 << 23  # below so many multiply-adds a head, the loop over heads co
 
 def blockwise_is_faster(q: Tensor, k: Tensor) -> bool:
     """Whether to use it for q (B H N d), k (B H L d)."""
-    queries, keys = q[0, 0], k[0, 0]  # N d, L d
-    return len(keys) >= MIN_KEYS and queries.numel() * len(keys) >= MIN_WORK and use_onednn(queries, keys)
+    keys = k.shape[2]
+    return keys >= MIN_KEYS and q[0, 0].numel() * keys >= MIN_WORK and onednn_takes(q)
 
 
 class BlockAttention(torch.autograd.Function):

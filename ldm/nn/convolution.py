@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.nn.linear import linear, use_onednn
 from ldm.utils.errors import ConfigError
 
 
@@ -30,6 +31,34 @@ def silu(x: Tensor) -> Tensor:
     return F.silu(x, inplace=not x.requires_grad)
 
 
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d of stride 1, computed as a product with the gathered patches where torch is slow on a CPU.
+
+    There are two such cases: weights larger than the cache on few positions, as at the bottom of Stable Diffusion's
+    UNet, where oneDNN spends up to four times the convolution on laying the weights out anew at every call; and 1x1
+    kernels in float32, which torch hands to MKL.
+    """
+
+    MANY_WEIGHTS = 1 << 23  # 32 MB in float32
+    FEW_POSITIONS = 1 << 8  # of an image: a sample must not depend on its batch
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_product(x):
+            return super().forward(x)
+        pointwise = self.kernel_size == (1, 1)
+        patches = x.flatten(2) if pointwise else F.unfold(x, self.kernel_size, padding=self.padding)  # B C*k*k N
+        weight = self.weight.flatten(1)  # C' C*k*k
+        out = torch.stack([linear(weight, columns.t()) for columns in patches])  # B C' N
+        return out.add_(self.bias[:, None]).unflatten(2, x.shape[2:])
+
+    def is_product(self, x: Tensor) -> bool:
+        if not (x.is_contiguous() and self.weight.is_contiguous() and use_onednn(x[0], self.weight)):
+            return False
+        if self.kernel_size == (1, 1):
+            return x.dtype == torch.float32
+        return self.weight.numel() >= self.MANY_WEIGHTS and x[0, 0].numel() <= self.FEW_POSITIONS
+
+
 class ResBlock(nn.Module):
     """GN-SiLU-conv, + Linear(SiLU(emb)), GN-SiLU-dropout-conv, added to the input: (B C H W), (B E) -> (B C' H W).
 
@@ -48,14 +77,14 @@ class ResBlock(nn.Module):
     ):
         super().__init__()
         self.norm1 = group_norm(in_channels, groups, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb_proj = nn.Linear(emb_dim, out_channels) if emb_dim else None
         self.norm2 = group_norm(out_channels, groups, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         if emb_dim:
             zero_init(self.conv2)
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = self.conv1(silu(self.norm1(x)))  # B C' H W
@@ -90,7 +119,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         height, width = x.shape[2:]

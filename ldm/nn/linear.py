@@ -23,12 +23,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def use_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Large products on a CPU; a weight with gaps between its rows would take oneDNN's reference code."""
+    return (
+        onednn_takes(x)
+        and x.dtype == weight.dtype
+        and x.numel() * weight.shape[0] >= MIN_WORK
+        and (weight.is_contiguous() or weight.t().is_contiguous())
+    )
+
+
+def onednn_takes(x: Tensor) -> bool:
+    """Whether products of such tensors may go to oneDNN at all."""
     return (
         ONEDNN
         and x.is_cpu
-        and x.dtype == weight.dtype
         and x.dtype in DTYPES
-        and x.numel() * weight.shape[0] >= MIN_WORK
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()

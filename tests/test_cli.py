@@ -1,0 +1,229 @@
+"""The promises to the outside: what the two commands write, resume, refuse and say."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ldm
+import sample
+import train
+from ldm.io.images import read_image, read_png_text
+from ldm.io.tensors import read_tensors
+from ldm.tools import report
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(module, *arguments: str) -> None:
+    """`python train.py ...` in this process, where torch is already imported."""
+    argv, sys.argv = sys.argv, [f"{module.__name__}.py", *map(str, arguments)]
+    try:
+        module.main()
+    finally:
+        sys.argv = argv
+
+
+def refused(module, capsys, *arguments: str) -> tuple[int, str]:
+    """Exit code and what was printed as the error."""
+    with pytest.raises(SystemExit) as stop:
+        command(module, *arguments)
+    return stop.value.code, capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("run") / "smoke"
+    command(train, "debug=smoke", f"hydra.run.dir={path}")
+    return path
+
+
+def test_one_command_trains_both_stages_and_leaves_everything_promised(run):
+    for stage in (run, run / "autoencoder"):
+        for name in ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints/last/manifest.json"):
+            assert (stage / name).is_file(), name
+        assert (stage / "samples" / "step_00000004.png").is_file()
+        assert sorted(p.name for p in (stage / "checkpoints").glob("step_*")) == ["step_00000002", "step_00000004"]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert {"step", "loss", "lr", "images_per_second", "grad_norm"} <= set(records[0])
+    assert "prompt_accuracy" in records[-1]
+    summary = json.loads((run / "summary.json").read_text())
+    promised = {"metrics", "wall_seconds", "images_per_second", "peak_memory_bytes", "parameters", "versions"}
+    assert promised | {"git_revision"} <= set(summary)
+    assert json.loads((run / "autoencoder" / "summary.json").read_text())["metrics"]["psnr"] > 0
+
+
+def test_a_checkpoint_needs_nothing_else(run, tmp_path):
+    alone = tmp_path / "alone"
+    shutil.copytree(run / "checkpoints" / "step_00000004", alone)
+    expected = ldm.load_run(run).generate(["a red circle"], seeds=[3], steps=2)[0]
+    assert ldm.load_run(alone).generate(["a red circle"], seeds=[3], steps=2)[0].tobytes() == expected.tobytes()
+    assert not list(alone.glob("*.p*"))
+
+
+def test_the_same_directory_resumes_to_the_same_bits(run, tmp_path, capsys):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    shared = ["debug=smoke", f"codec.run={run / 'autoencoder'}", "metrics=none", "preview=none"]
+    command(train, *shared, f"hydra.run.dir={whole}")
+    command(train, *shared, "lr_schedule=constant", "trainer.steps=2", f"hydra.run.dir={tmp_path / 'other'}")
+    shutil.copytree(whole / "checkpoints" / "step_00000002", resumed / "checkpoints" / "step_00000002")
+    command(train, *shared, f"hydra.run.dir={resumed}")
+    assert "continuing from" in capsys.readouterr().err
+    for name in ("model", "ema", "optimizer"):
+        a, b = (read_tensors(d / "checkpoints" / "last" / f"{name}.safetensors") for d in (whole, resumed))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_resume_continues_from_elsewhere(run, tmp_path, capsys):
+    there = tmp_path / "there"
+    command(train, "debug=smoke", f"codec.run={run / 'autoencoder'}", f"resume={run}", "trainer.steps=5",
+            "metrics=none", "preview=none", f"hydra.run.dir={there}")  # fmt: skip
+    assert f"continuing from {run}" in capsys.readouterr().err
+    assert [p.name for p in (there / "checkpoints").glob("step_*")] == ["step_00000005"]
+
+
+def test_sample_writes_pictures_that_say_how_they_were_made(run, tmp_path):
+    out = tmp_path / "out"
+    command(sample, f"run={run}", "prompts=[a red circle, a blue square]", "seeds=[0,1]", "steps=3",
+            "guidance.scale=4", f"out={out}")  # fmt: skip
+    records = json.loads((out / "samples.json").read_text())
+    assert [(r["prompt"], r["seed"]) for r in records] == [
+        ("a red circle", 0), ("a red circle", 1), ("a blue square", 0), ("a blue square", 1)
+    ]  # fmt: skip
+    text = read_png_text(out / records[3]["file"])
+    settings = json.loads(text["settings"])
+    assert (text["prompt"], text["seed"]) == ("a blue square", "1")
+    assert settings["steps"] == 3 and settings["guidance"]["scale"] == 4
+    assert read_image(out / "grid.png").shape[1] > read_image(out / records[0]["file"]).shape[1] == 32
+
+
+def test_an_image_of_a_batch_is_the_image_drawn_alone(run):
+    loaded = ldm.load_run(run)
+    batch = loaded.generate(["a red circle", "a small blue ring"], seeds=[0, 7], steps=4, sampler="euler_ancestral")
+    alone = loaded.generate(["a small blue ring"], seeds=[7], steps=4, sampler="euler_ancestral")[0]
+    apart = [abs(a - b) for a, b in zip(batch[3].tobytes(), alone.tobytes(), strict=True)]
+    assert max(apart) <= 1  # the last bit of a float32 may turn a rounding
+    assert batch[2].tobytes() != alone.tobytes()
+
+
+def test_a_picture_is_changed_or_repainted(run, tmp_path):
+    source = tmp_path / "a"
+    command(sample, f"run={run}", "prompts=[a red circle]", "steps=2", f"out={source}")
+    picture, mask = source / "0000.png", tmp_path / "mask.png"
+    from ldm.io.images import write_png
+
+    half = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    half[:, :, 16:] = 255
+    write_png(mask, half)
+    for name, extra in {"kept": ["strength=0"], "changed": ["strength=1"], "half": [f"mask={mask}"]}.items():
+        command(sample, f"run={run}", "prompts=[a blue ring]", "steps=3", f"image={picture}", *extra,
+                f"out={tmp_path / name}")  # fmt: skip
+    kept, changed, half = (read_image(tmp_path / n / "0000.png").int() for n in ("kept", "changed", "half"))
+    assert (kept - changed).abs().float().mean() > 5
+    left = (half - kept).abs().float().mean(0)
+    assert left[:, :8].mean() < left[:, 24:].mean() / 2
+
+
+def test_sweeps_and_their_report(run, tmp_path, capsys):
+    command(train, "-m", "debug=smoke", f"codec.run={run / 'autoencoder'}", "preview=none", "metrics=none",
+            "prediction=flow,v", "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}")  # fmt: skip
+    assert report.main([str(tmp_path / "sweep"), "--out", str(tmp_path / "report")]) == 0
+    table = (tmp_path / "report" / "report.md").read_text()
+    assert "flow" in table and "| v" in table
+    assert {p.name for p in (tmp_path / "report").iterdir()} >= {"report.md", "report.csv"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["trainer.stesp=3"], 2, "did you mean 'trainer.steps'?"),
+        (["smapler=ddim"], 2, "did you mean 'sampler'?"),
+        (["sampler=heunn"], 2, "did you mean 'heun'?"),
+        (["trainer.steps=0"], 2, "trainer.steps=0: expected at least 1"),
+        (["image_size=30"], 2, "30"),
+        (["data=folder", "data.path=/nowhere"], 3, "/nowhere: no such folder"),
+        (["process=zero_snr", "prediction=eps"], 2, "use prediction=v"),
+        (["network.head_dim=48"], 2, "head_dim=48 does not divide"),
+        (["conditioner=labels", "network=autoencoder_small"], 2, "num_classes"),
+        (["codec.run=/nowhere"], 2, "codec.run=/nowhere"),
+        (["device=cuda"] if not torch.cuda.is_available() else ["device=gpu"], 2, "device="),
+    ],
+)
+def test_bad_training_settings_end_in_one_line(run, tmp_path, capsys, arguments, code, says):
+    known = [f"codec.run={run / 'autoencoder'}"] * (not any("codec.run" in a for a in arguments))
+    found, line = refused(train, capsys, "debug=smoke", *known, *arguments, f"hydra.run.dir={tmp_path / 'bad'}")
+    assert found == code and says in line and line.startswith("error: ")
+    assert not (tmp_path / "bad" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["prompts=[]"], 3, "the list of prompts is empty"),
+        (["prompts=[a red circle]", "steps=0"], 2, "steps=0"),
+        (["prompts=[a red circle]", "image_size=30"], 2, "not divisible by 4"),
+        (["prompts=[a red circle]", "strength=2", "image=x.png"], 2, "strength=2"),
+        (["prompts=[a red circle]", "mask=x.png"], 2, "image is not"),
+        (["prompts=[a red circle]", "run=/nowhere"], 4, "/nowhere holds no checkpoint"),
+    ],
+)
+def test_bad_sampling_settings_end_in_one_line(run, tmp_path, capsys, arguments, code, says):
+    known = [f"run={run}"] * (not any("run=" in a for a in arguments))
+    found, line = refused(sample, capsys, *known, *arguments, f"out={tmp_path / 'out'}")
+    assert found == code and says in line and line.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_and_foreign_checkpoints(run, tmp_path, capsys):
+    cut = tmp_path / "cut"
+    shutil.copytree(run, cut, symlinks=True)
+    for file in cut.glob("checkpoints/step_*/model.safetensors"):
+        file.write_bytes(file.read_bytes()[:-100])
+    code, line = refused(sample, capsys, f"run={cut}", "prompts=[a red circle]", f"out={tmp_path / 'o'}")
+    assert code == 4 and "damaged" in line
+    other = tmp_path / "other"
+    shutil.copytree(run / "checkpoints", other / "checkpoints", symlinks=True)
+    code, line = refused(train, capsys, "debug=smoke", "network.channels=32", f"codec.run={run / 'autoencoder'}",
+                         f"hydra.run.dir={other}")  # fmt: skip
+    assert code == 4 and "is not the network built here" in line
+
+
+def test_a_config_in_a_checkpoint_runs_nothing(run, tmp_path):
+    from ldm.utils.errors import LdmError
+
+    evil = tmp_path / "evil"
+    shutil.copytree(run / "checkpoints" / "step_00000004", evil)
+    config = json.loads((evil / "config.json").read_text())
+    config["network"] = {"_target_": "os.system", "command": f"touch {tmp_path / 'ran'}"}
+    (evil / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LdmError):
+        ldm.load_run(evil)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["trainer.stesp=1"]])
+def test_answers_before_torch_is_imported(arguments):
+    probe = (
+        "import sys, runpy\n"
+        f"sys.argv = ['train.py', *{arguments!r}]\n"
+        "try:\n    runpy.run_path('train.py', run_name='__main__')\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", probe], cwd=ROOT, check=True, capture_output=True, timeout=60)
+
+
+def test_importing_the_package_is_free():
+    probe = "import sys, ldm; assert 'torch' not in sys.modules and 'hydra' not in sys.modules"
+    subprocess.run([sys.executable, "-c", probe], cwd=ROOT, check=True, timeout=60)
+
+
+def test_a_sweep_under_torchrun_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, line = refused(train, capsys, "-m", "seed=0,1")
+    assert code == 2 and "torchrun" in line
