@@ -71,7 +71,7 @@ def build_first_stage(cfg: dict, path: Path, data, device, world):
     source = Path(node["run"] or path / "autoencoder")
     if not (source / "summary.json").exists():
         if node["run"]:
-            raise ConfigError(f"codec.run={source} holds no finished autoencoder (no summary.json); leave it out to train one")
+            raise ConfigError(f"codec.run={source} holds no finished autoencoder; leave it out and one is trained")
         print(f"first stage: the autoencoder, experiment={node['experiment']}, in {source}")
         stage = compose("train", [f"experiment={node['experiment']}", *cfg['first_stage']])
         stage |= {name: cfg[name] for name in ("data", "image_size", "seed", "flip", "device")}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.utils.seeding import Noise, keys, normal, uniform
+from ldm.utils.seeding import BatchNoise, keys, normal, uniform
 from ldm.utils.tensors import pad_dims
 
 
@@ -59,7 +59,7 @@ class DiffusionObjective(nn.Module):
         if "latent" in batch:
             return batch["latent"]
         with torch.no_grad():
-            return self.codec.encode(batch["image"], generator=_KeyedNoise(self.seed, batch["position"]))
+            return self.codec.encode(batch["image"], generator=BatchNoise(self.seed, "posterior", batch["position"]))
 
     def noise(self, x0: Tensor, position: Tensor) -> Tensor:
         eps = normal(keys(self.seed, "eps", position), x0.shape[1:], x0.dtype)
@@ -68,16 +68,3 @@ class DiffusionObjective(nn.Module):
             eps = eps + self.offset_noise * pad_dims(per_channel, x0)
         return eps
 
-
-class _KeyedNoise(Noise):
-    """Noise of each image's position, made where the tensors are: a list of seeds would make the GPU wait."""
-
-    def __init__(self, seed: int, position: Tensor):
-        super().__init__([], "posterior")
-        self.seed = seed
-        self.position = position
-
-    def __call__(self, like: Tensor) -> Tensor:
-        self.draws += 1
-        drawn = keys(self.seed, f"{self.purpose}/{self.draws}", self.position.to(like.device))
-        return normal(drawn, like.shape[1:], like.dtype)

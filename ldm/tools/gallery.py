@@ -12,7 +12,7 @@ from ldm.io.text import write_json
 from ldm.utils.errors import ConfigError
 from ldm.utils.images import labelled_grid
 
-SETTINGS = ("run", "step", "sampler", "times", "steps", "guidance", "threshold", "negative", "image", "mask", "strength")
+HOW = ("sampler", "times", "steps", "guidance", "threshold", "negative", "image", "mask", "strength")
 
 
 def read_edit(cfg: dict, image_size: int) -> Edit | None:
@@ -31,7 +31,7 @@ def read_edit(cfg: dict, image_size: int) -> Edit | None:
 def write_gallery(out: Path, images: Tensor, pairs: list[tuple[str, int]], cfg: dict, columns: int) -> None:
     """Write images (B 3 H W uint8) of (prompt, seed) pairs below `out`; each PNG says how it was made."""
     out.mkdir(parents=True, exist_ok=True)
-    settings = {name: cfg[name] for name in SETTINGS}
+    settings = {name: cfg[name] for name in ("run", "step", *HOW)}
     records = []
     for number, (image, (prompt, seed)) in enumerate(zip(images, pairs, strict=True)):
         records.append({"file": f"{number:04d}.png", "prompt": prompt, "seed": seed, **settings})

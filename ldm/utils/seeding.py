@@ -60,6 +60,19 @@ class Noise:
         return normal(per_image, like.shape[1:], like.dtype)
 
 
+class BatchNoise(Noise):
+    """A stream of noise per position of a training run, keyed where the tensors are: no accelerator waits for it."""
+
+    def __init__(self, seed: int, purpose: str, positions: Tensor):
+        super().__init__([seed], purpose)
+        self.positions = positions
+
+    def __call__(self, like: Tensor) -> Tensor:
+        purpose = f"{self.purpose}/{self.draws}"
+        self.draws += 1
+        return normal(keys(self.seeds[0], purpose, self.positions.to(like.device)), like.shape[1:], like.dtype)
+
+
 def randn_like(x: Tensor, generator: "torch.Generator | Noise | None" = None) -> Tensor:
     """Normal noise shaped like x, from a `Noise`, a torch generator, or torch's global one."""
     if isinstance(generator, Noise):
