@@ -28,6 +28,7 @@ def train(cfg: dict, path: Path, device, world) -> dict:
     from ldm.build import build_conditioner, build_objective, make, write_config
     from ldm.data.loader import batches
     from ldm.tools.previews import Previews
+    from ldm.tools.profile import profiled
     from ldm.training.loop import fit, prepare
     from ldm.training.report import Hooks
     from ldm.training.run import RunDirectory
@@ -44,19 +45,22 @@ def train(cfg: dict, path: Path, device, world) -> dict:
     optimizer = make(cfg["optimizer"])(objective)
     ema = make(cfg["ema"], batch_size=trainer.batch_size)(objective) if cfg["ema"] else None
 
+    images = torch.utils.data.Subset(data, range(cfg["limit"])) if cfg["limit"] else data
+
     def batches_from(step: int):
-        return batches(data, trainer.batch_size, seed=cfg["seed"], start_step=step, workers=trainer.workers,
+        return batches(images, trainer.batch_size, seed=cfg["seed"], start_step=step, workers=trainer.workers,
                        rank=world.rank, world_size=world.size, flip=cfg["flip"])  # fmt: skip
 
     previews = Previews(cfg, path, data, objective, ema)
     logger = make(cfg["logger"], run_dir=path, config=cfg) if cfg["logger"] else None
     if world.is_main:
         write_config(path / "config.yaml", cfg)
-    return fit(
-        objective, batches_from, optimizer, trainer, RunDirectory(path, cfg, files, resume and Path(resume)),
-        lr_schedule=make(cfg["lr_schedule"]), ema=ema, hooks=Hooks(previews.sample, previews.evaluate, logger),
-        world=world, seed=cfg["seed"],
-    )  # fmt: skip
+    with profiled(path, cfg["profile"]):
+        return fit(
+            objective, batches_from, optimizer, trainer, RunDirectory(path, cfg, files, resume and Path(resume)),
+            lr_schedule=make(cfg["lr_schedule"]), ema=ema, hooks=Hooks(previews.sample, previews.evaluate, logger),
+            world=world, seed=cfg["seed"],
+        )  # fmt: skip
 
 
 def build_first_stage(cfg: dict, path: Path, data, device, world):
@@ -72,7 +76,8 @@ def build_first_stage(cfg: dict, path: Path, data, device, world):
     if not (source / "summary.json").exists():
         if node["run"]:
             raise ConfigError(f"codec.run={source} holds no finished autoencoder; leave it out and one is trained")
-        print(f"first stage: the autoencoder, experiment={node['experiment']}, in {source}")
+        if world.is_main:
+            print(f"first stage: the autoencoder, experiment={node['experiment']}, in {source}")
         stage = compose("train", [f"experiment={node['experiment']}", *cfg['first_stage']])
         stage |= {name: cfg[name] for name in ("data", "image_size", "seed", "flip", "device")}
         train(stage, source, device, world)
