@@ -31,7 +31,7 @@ def main() -> None:
         "sample.py --help": run(sys.executable, "sample.py", "--help"),
         "diffusers-cli --help": run(*DIFFUSERS_CLI),
     }
-    timed = interleave(commands, rounds=rounds)
+    timed = interleave(commands, rounds=rounds, warmup=0)
     for ours in list(commands)[:2]:
         timed.report("startup", ours, ["diffusers-cli --help"], target=0.10)
 
@@ -40,7 +40,7 @@ def main() -> None:
         "from ldm import load_run": python("from ldm import load_run"),
         "import torch": python("import torch"),
     }
-    timed = interleave(imports, rounds=rounds)
+    timed = interleave(imports, rounds=rounds, warmup=0)
     for ours in list(imports)[:2]:
         timed.report("startup", ours, ["import torch"], target=1.15)
 

@@ -16,6 +16,8 @@ from ldm.io.files import replacing
 from ldm.tools.runs import Run, find_runs, tolerant
 from ldm.utils.errors import LdmError
 
+HEADLINES = ("prompt_accuracy", "psnr", "loss")  # the first that a run has is also plotted
+BOOKKEEPING = {"step", "lr", "grad_norm", "images", "images_per_second"}
 COSTS = {  # summary key -> heading, factor
     "wall_seconds": ("minutes", 1 / 60),
     "images_per_second": ("images/s", 1),
@@ -79,9 +81,10 @@ def _ordered(tables: Iterable[dict]) -> list[str]:
 
 
 def metric_names(rows: list[Row]) -> list[str]:
-    """Names of all final metrics that are numbers, in the order of the summaries."""
+    """Names of all final metrics that are numbers, headlines first, without the bookkeeping of training."""
     names = _ordered(run.summary.get("metrics") or {} for row in rows for run in row.runs)
-    return [name for name in names if any(row.values("metrics", name) for row in rows)]
+    names = [name for name in names if name not in BOOKKEEPING and any(row.values("metrics", name) for row in rows)]
+    return sorted(names, key=lambda name: HEADLINES.index(name) if name in HEADLINES else len(HEADLINES))
 
 
 def markdown(rows: list[Row]) -> str:
