@@ -40,6 +40,8 @@ def entry(config_name: str) -> Callable:
         def run() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed by Hydra
             try:
+                if {"--help", "-h"} & set(sys.argv):
+                    return print(usage(config_name))
                 _adapt_to_torchrun(sys.argv)
                 program()
             except (LdmError, HydraException, OmegaConfBaseException, KeyboardInterrupt) as error:
@@ -50,6 +52,31 @@ def entry(config_name: str) -> Callable:
         return run
 
     return decorate
+
+
+def usage(config_name: str) -> str:
+    """What --help prints: the root config with its comments, and every option of every group."""
+    root = (config_dir() / f"{config_name}.yaml").read_text()
+    intro, _, rest = root.partition("defaults:\n")
+    defaults, _, keys = rest.partition("\n\n")
+    chosen = dict(re.findall(r"^  - (\w+): (\w+)", defaults, re.MULTILINE))
+    groups = [f"{group}={name}".ljust(34) + _options(group, name) for group, name in chosen.items()]
+    keys = keys.partition("\nhydra:")[0].strip()
+    return "\n".join(
+        [
+            intro.replace("# ", "").strip(),
+            f"\nusage: python {config_name}.py [group=option] [key=value] [group.key=value] [-m key=a,b]",
+            "\ngroups, as chosen by default, and their other options (every key of a group: --cfg job):\n",
+            *groups,
+            "\nkeys:\n",
+            keys,
+            "\n-m sweeps over comma-separated values; HYDRA_FULL_ERROR=1 shows tracebacks; --hydra-help: Hydra's own flags",
+        ]
+    )
+
+
+def _options(group: str, chosen: str) -> str:
+    return " ".join(sorted(p.stem for p in (config_dir() / group).glob("*.yaml") if p.stem != chosen))
 
 
 def explain(error: Exception, config_name: str) -> str:
