@@ -70,7 +70,7 @@ def usage(config_name: str) -> str:
             *groups,
             "\nkeys:\n",
             keys,
-            "\n-m sweeps over comma-separated values; HYDRA_FULL_ERROR=1 shows tracebacks; --hydra-help: Hydra's own flags",
+            "\n-m sweeps over comma-separated values; HYDRA_FULL_ERROR=1 shows tracebacks; Hydra's flags: --hydra-help",
         ]
     )
 
