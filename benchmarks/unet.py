@@ -28,7 +28,7 @@ HEADS = 8  # in every level, which is what diffusers' attention_head_dim=8 means
 
 
 def make_pair(sizes: dict) -> tuple[nn.Module, nn.Module]:
-    """Ours and diffusers' UNet of the same sizes and the same random weights, with eight heads in every level."""
+    """Ours and diffusers' UNet: same sizes, eight heads a level, the same random weights, shared where not fused."""
     from diffusers import UNet2DConditionModel
 
     widths = [sizes["channels"] * mult for mult in sizes["channel_mult"]]
@@ -93,7 +93,7 @@ def training_step(net: nn.Module, call: Callable[[], Tensor], target: Tensor) ->
 def text_training(args) -> None:
     """17.8M parameters, 32x32 latents, batch 4: with the peer's eight heads a level, then with our 64 wide ones."""
     sizes, batch, side = (SMALL_TEXT, 2, 8) if args.small else (TEXT, 4, 32)
-    equal, peer = make_pair(sizes)
+    equal, peer = map(copy.deepcopy, make_pair(sizes))  # training must not move the other's weights
     wide = UNet(4, linear_projection=False, **sizes)
     x, target = torch.randn(2, batch, 4, side, side)
     context, t = torch.randn(batch, 77, sizes["context_dim"]), torch.linspace(0, 999, batch)

@@ -147,11 +147,11 @@ def test_sweeps_and_their_report(run, tmp_path, capsys):
         (["sampler=heunn"], 2, "did you mean 'heun'?"),
         (["trainer.steps=0"], 2, "trainer.steps=0: expected at least 1"),
         (["image_size=30"], 2, "30"),
-        (["data=folder", "data.path=/nowhere"], 3, "/nowhere: no such folder"),
+        (["data=folder", "data.path=/nonexistent/place"], 3, "/nonexistent/place: no such folder"),
         (["process=zero_snr", "prediction=eps"], 2, "use prediction=v"),
         (["network.head_dim=48"], 2, "head_dim=48 does not divide"),
         (["conditioner=labels", "network=autoencoder_small"], 2, "num_classes"),
-        (["codec.run=/nowhere"], 2, "codec.run=/nowhere"),
+        (["codec.run=/nonexistent/place"], 2, "codec.run=/nonexistent/place"),
         (["device=cuda"] if not torch.cuda.is_available() else ["device=gpu"], 2, "device="),
     ],
 )
@@ -170,7 +170,7 @@ def test_bad_training_settings_end_in_one_line(run, tmp_path, capsys, arguments,
         (["prompts=[a red circle]", "image_size=30"], 2, "not divisible by 4"),
         (["prompts=[a red circle]", "strength=2", "image=x.png"], 2, "strength=2"),
         (["prompts=[a red circle]", "mask=x.png"], 2, "image is not"),
-        (["prompts=[a red circle]", "run=/nowhere"], 4, "/nowhere holds no checkpoint"),
+        (["prompts=[a red circle]", "run=/nonexistent/place"], 4, "/nonexistent/place holds no checkpoint"),
     ],
 )
 def test_bad_sampling_settings_end_in_one_line(run, tmp_path, capsys, arguments, code, says):

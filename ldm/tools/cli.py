@@ -38,16 +38,18 @@ def entry(config_name: str) -> Callable:
 
         @wraps(main)
         def run() -> None:
+            if {"--help", "-h"} & set(sys.argv):
+                return print(usage(config_name))
             os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed by Hydra
             try:
-                if {"--help", "-h"} & set(sys.argv):
-                    return print(usage(config_name))
                 _adapt_to_torchrun(sys.argv)
                 program()
             except (LdmError, HydraException, OmegaConfBaseException, KeyboardInterrupt) as error:
                 if full_traceback:
                     raise
                 _fail(*_line(error, config_name))
+            finally:
+                os.environ["HYDRA_FULL_ERROR"] = "1" if full_traceback else "0"
 
         return run
 

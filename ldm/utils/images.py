@@ -23,7 +23,7 @@ def make_grid(images: Tensor, columns: int | None = None, padding: int = 2, back
 
 
 def labelled_grid(images: Tensor, labels: Sequence[str], columns: int | None = None) -> Tensor:
-    """`make_grid` with a label of up to two lines below each image; tiny images are enlarged to a readable size."""
+    """`make_grid` with a label of up to four lines below each image; tiny images are enlarged to a readable size."""
     factor = max(1, math.ceil(MIN_CELL / images.shape[-1]))
     images = images.cpu().repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     strips = _label_strips(labels, images.shape[-1])
@@ -49,7 +49,7 @@ def _label_strips(labels: Sequence[str], width: int) -> Tensor:
     return torch.stack(strips).permute(0, 3, 1, 2)
 
 
-def _wrap(text: str, fits, lines: int = 2) -> list[str]:
+def _wrap(text: str, fits, lines: int = 4) -> list[str]:
     """At most `lines` lines that fit, the last one ending in an ellipsis where words were left out."""
     words, out = text.split(), []
     while words and len(out) < lines:
