@@ -1,4 +1,4 @@
-"""AdamW, gradient clipping and the weight average, one training step on 127.5M floats of a UNet's shapes.
+"""AdamW, gradient clipping and the weight average: what follows the backward pass, on the tensors of a UNet.
 
 Peers: torch's fused AdamW with DiT's loop over the average, which is the best that others run, and what diffusers'
 training scripts do by default: AdamW as it comes, `clip_grad_norm_`, `EMAModel`. Floor: 40 bytes a parameter.
@@ -12,19 +12,12 @@ from diffusers.training_utils import EMAModel
 from harness import arguments, assert_equal, interleave
 from torch import nn
 
+from ldm.models.unet import UNet
 from ldm.training.ema import EMA
 from ldm.training.optim import adamw, clip_and_step
 
 DECAY, CLIP = 0.9999, 1.0
-
-
-def parameters(blocks: int, width: int = 320) -> nn.Module:
-    """Kernels, matrices and vectors in about the proportion of a UNet: 4.25M floats in 12 tensors a block."""
-    layers = []
-    for _ in range(blocks):
-        layers += [nn.Conv2d(width, width, 3), nn.Conv2d(width, width, 3), nn.GroupNorm(32, width)]
-        layers += [nn.Linear(width, 3 * width), nn.Linear(width, 8 * width), nn.Linear(4 * width, width)]
-    return nn.Sequential(*layers)
+WIDTH_128 = {"channels": 128, "channel_mult": (1, 2, 4, 4), "depth": (1, 1, 1, 0, 1), "context_dim": 512}  # as SD 1.5
 
 
 def our_step(module: nn.Module) -> Callable[[], None]:
@@ -68,7 +61,8 @@ def default_step(module: nn.Module) -> Callable[[], None]:
 def main() -> None:
     args = arguments(__doc__)
     torch.manual_seed(0)
-    first = parameters(*((2, 32) if args.small else (38,)))
+    small = {"channels": 32, "channel_mult": (1, 2), "depth": (0, 1, 1), "head_dim": 32}
+    first = UNet(4, **(small if args.small else WIDTH_128))
     modules = {"ldm": first, "fused + loop": copy.deepcopy(first), "default + EMAModel": copy.deepcopy(first)}
     gradients = [torch.randn_like(p) for p in first.parameters()]
     for module in modules.values():

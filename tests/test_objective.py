@@ -105,7 +105,7 @@ def test_latents_bypass_the_codec_and_a_variance_half_is_ignored():
 @pytest.mark.parametrize("f", [prediction.X0(), prediction.V(), prediction.Flow(), prediction.EDMPrecond()],
                          ids=lambda f: type(f).__name__)
 def test_every_pair_trains_with_every_density_and_weight(p, f):
-    for density in (times.uniform, times.stratified, times.logit_normal, times.mode, times.cosmap, times.log_normal):
+    for density in (times.uniform, times.logit_normal, times.mode, times.cosmap, times.log_normal):
         for weight in (weighting.unit, weighting.min_snr, weighting.p2, weighting.edm, weighting.sigmoid):
             assert objective(p, f, density, weight)(batch())[0].isfinite()
 
@@ -141,3 +141,11 @@ def test_a_linear_network_learns_the_gaussian_posterior():
     alpha, sigma = p(0.5)
     exact = alpha * sigma * (1 - 0.25) / (0.25 * alpha**2 + sigma**2)
     assert o.denoiser.net.gain.item() == pytest.approx(exact, abs=0.03)
+
+
+def test_strata_spread_the_times_however_the_batch_is_split():
+    o = objective(strata=8)
+    position = torch.arange(40, 56)
+    u = o.draws(position)
+    assert sorted((u[:8] * 8).floor().tolist()) == list(range(8)), "eight images in a row, one in each eighth"
+    assert torch.equal(torch.cat([o.draws(part) for part in position.split(3)]), u)

@@ -192,7 +192,7 @@ def test_grids_that_need_a_table_say_so():
 
 # --- densities -----------------------------------------------------------------------------------------------------
 
-DENSITIES = [times.uniform, times.stratified, times.logit_normal, times.mode, times.cosmap, times.log_normal]
+DENSITIES = [times.uniform, times.logit_normal, times.mode, times.cosmap, times.log_normal]
 
 
 @every_process
@@ -218,8 +218,6 @@ def test_densities_have_their_published_shape():
     t = times.cosmap(u, flow)
     density = 2 / (math.pi * (1 - 2 * t + 2 * t**2))  # Eq. (21): its integral up to the k-th draw is u_k
     assert torch.trapezoid(density[:-1].flip(0), t[:-1].flip(0)).abs() == pytest.approx(1, abs=1e-3)
-    some = torch.rand(16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert (times.stratified(some, flow) * 16).ceil().tolist() == list(range(16, 0, -1))
 
 
 # --- weights -------------------------------------------------------------------------------------------------------

@@ -121,12 +121,6 @@ def uniform(u: Tensor, process: Process) -> Tensor:
     return _on_table(1 - u, process)
 
 
-def stratified(u: Tensor, process: Process) -> Tensor:
-    """Even over time with one draw in each of B equal slices: a loss of less variance, arXiv:2107.00630."""
-    slices = torch.arange(len(u), dtype=u.dtype, device=u.device)
-    return _on_table(1 - (slices + u) / len(u), process)
-
-
 def logit_normal(u: Tensor, process: Process, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """t = sigmoid(mean + std n): Eq. (19), arXiv:2403.03206."""
     return _on_table(torch.sigmoid(mean + std * _normal(u)), process)

@@ -21,7 +21,7 @@ def sample(
     *,
     s_churn: float = 0.0,
     s_min: float = 0.0,
-    s_max: float = math.inf,
+    s_max: float | None = None,
     s_noise: float = 1.0,
     generator: torch.Generator | Noise | None = None,
     callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
@@ -30,12 +30,12 @@ def sample(
 
     A step to clean data is Euler's, as its slope there is not finite. Deviation: so is one from beyond NO_SIGNAL (the
     paper's sigma_max is 80): processes that end in pure noise leave it in one step, too long for a trapezoid.
-    s_min and s_max are in sigma / alpha. callback(step, steps, x, x0) may change x in place.
+    s_min and s_max (None: no limit) are in sigma / alpha. callback(step, steps, x, x0) may change x in place.
     """
     x, steps = x_T, intervals(times)
     for step, (t, s) in enumerate(steps):
         r, r_s = process.ratio(t), process.ratio(s)
-        gamma = min(s_churn / len(steps), math.sqrt(2) - 1) if s_min <= r <= s_max else 0.0
+        gamma = min(s_churn / len(steps), math.sqrt(2) - 1) if s_min <= r <= (s_max or math.inf) else 0.0
         if gamma > 0:
             x, t = _add_noise(x, process, t, gamma, s_noise, generator)
             r = process.ratio(t)

@@ -44,11 +44,15 @@ class Previews:
 
 
 class Samples:
-    """Images of held-out prompts, each with its own seed, the same at every step of the run."""
+    """Images of held-out captions, or of every class in turn, each with its own seed, the same throughout the run."""
 
     def __init__(self, count: int = 16, seed: int = 0):
         self.count, self.seed = count, seed
 
     def __call__(self, draw, data, objective: nn.Module) -> tuple[Tensor, list[str]]:
-        prompts = data.prompts(self.count, self.seed) or [""] * self.count
+        prompts = [""] * self.count
+        if "caption" in objective.conditioner.fields:
+            prompts = data.prompts(self.count, self.seed)
+        elif "label" in objective.conditioner.fields:
+            prompts = [data.class_names[i % len(data.class_names)] for i in range(self.count)]
         return draw(prompts, range(self.count)), prompts
