@@ -8,7 +8,7 @@ from ldm.tools.cli import entry
 @entry("sample")
 def main(cfg: dict, path: Path) -> None:
     from ldm.generate import Sampling, generate, load_run
-    from ldm.tools.gallery import read_edit, write_gallery
+    from ldm.tools.gallery import read_edit, read_pairs, write_gallery
     from ldm.utils.devices import pick_device
     from ldm.utils.errors import ConfigError
 
@@ -17,7 +17,7 @@ def main(cfg: dict, path: Path) -> None:
     sampling = Sampling.from_config(cfg)
     run = load_run(cfg["run"], device=pick_device(cfg["device"]), ema=cfg["ema"])
     image_size = cfg["image_size"] or run.config["image_size"]
-    pairs = [(str(prompt), seed) for prompt in cfg["prompts"] for seed in cfg["seeds"]]
+    pairs = read_pairs(cfg)
     images = generate(
         run.objective,
         [prompt for prompt, _ in pairs],
@@ -30,7 +30,7 @@ def main(cfg: dict, path: Path) -> None:
         progress=True,
     )
     out = Path(cfg["out"]) if path == Path.cwd() else path  # a sweep has a folder per job below `out`
-    write_gallery(out, images, pairs, {**cfg, "step": run.step}, columns=len(cfg["seeds"]))
+    write_gallery(out, images, pairs, {**cfg, "step": run.step}, columns=len({seed for _, seed in pairs}))
     print(f"{len(images)} images in {out}/, all of them in {out / 'grid.png'}")
 
 

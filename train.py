@@ -31,15 +31,17 @@ def train(cfg: dict, path: Path, device, world) -> dict:
     from ldm.tools.profile import profiled
     from ldm.training.loop import fit, prepare
     from ldm.training.report import Hooks
-    from ldm.training.run import RunDirectory
+    from ldm.training.run import RunDirectory, continued
     from ldm.utils.seeding import key
 
     resume = cfg.pop("resume", None)
     trainer = make(cfg["trainer"])
     data = make(cfg["data"])
-    codec, cfg["codec"] = build_first_stage(cfg, path, data, device, world)
+    stored, files = continued(path, resume)
+    codec, cfg["codec"] = build_first_stage(cfg, stored, path, data, device, world)
     torch.manual_seed(key(cfg["seed"], "init"))
-    conditioner, cfg["conditioner"], files = build_conditioner(cfg["conditioner"], data)
+    vocabulary = files.get("tokenizer.json")
+    conditioner, cfg["conditioner"], files = build_conditioner(cfg["conditioner"], data, vocabulary)
     objective, network, cfg["network"] = build_objective(cfg, codec, conditioner)
     prepare(objective, network, trainer, device)
     optimizer = make(cfg["optimizer"])(objective)
@@ -63,8 +65,11 @@ def train(cfg: dict, path: Path, device, world) -> dict:
         )  # fmt: skip
 
 
-def build_first_stage(cfg: dict, path: Path, data, device, world):
-    """The codec and its completed node; an autoencoder that is asked for and not there yet is trained first."""
+def build_first_stage(cfg: dict, stored: dict, path: Path, data, device, world):
+    """The codec and its completed node; an autoencoder that is asked for and not there yet is trained first.
+
+    A run that continues (from a checkpoint whose config is `stored`) has its codec in the checkpoint.
+    """
     from ldm.build import build_codec, compose
     from ldm.generate import codec_of_run
     from ldm.utils.errors import ConfigError
@@ -72,6 +77,8 @@ def build_first_stage(cfg: dict, path: Path, data, device, world):
     node = cfg["codec"]
     if "experiment" not in node:
         return build_codec(node), node
+    if "autoencoder" in stored.get("codec", {}):
+        return build_codec(stored["codec"]), stored["codec"]
     source = Path(node["run"] or path / "autoencoder")
     if not (source / "summary.json").exists():
         if node["run"]:

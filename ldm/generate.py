@@ -61,6 +61,8 @@ def generate(
     """Images, uint8 B 3 H W. Image k depends on prompt k and seed k alone, never on the batch it is drawn in."""
     if not prompts:
         raise DataError("the list of prompts is empty; give at least one, e.g. prompts='[a red circle]'")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}: expected at least 1")
     if len(prompts) != len(seeds):
         raise DataError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
     times = sampling.times(objective.denoiser.process)

@@ -82,9 +82,10 @@ def test_the_same_directory_resumes_to_the_same_bits(run, tmp_path, capsys):
 
 def test_resume_continues_from_elsewhere(run, tmp_path, capsys):
     there = tmp_path / "there"
-    command(train, "debug=smoke", f"codec.run={run / 'autoencoder'}", f"resume={run}", "trainer.steps=5",
-            "metrics=none", "preview=none", f"hydra.run.dir={there}")  # fmt: skip
+    command(train, "debug=smoke", f"resume={run}", "trainer.steps=5", "metrics=none", "preview=none",
+            f"hydra.run.dir={there}")  # fmt: skip
     assert f"continuing from {run}" in capsys.readouterr().err
+    assert not (there / "autoencoder").exists(), "the codec comes with the checkpoint"
     assert [p.name for p in (there / "checkpoints").glob("step_*")] == ["step_00000005"]
 
 
@@ -167,6 +168,8 @@ def test_bad_training_settings_end_in_one_line(run, tmp_path, capsys, arguments,
     [
         (["prompts=[]"], 3, "the list of prompts is empty"),
         (["prompts=[a red circle]", "steps=0"], 2, "steps=0"),
+        (["prompts=[a red circle]", "seeds=[x]"], 2, "is not a list of whole numbers"),
+        (["prompts=[a red circle]", "batch_size=0"], 2, "batch_size=0"),
         (["prompts=[a red circle]", "image_size=30"], 2, "not divisible by 4"),
         (["prompts=[a red circle]", "strength=2", "image=x.png"], 2, "strength=2"),
         (["prompts=[a red circle]", "mask=x.png"], 2, "image is not"),

@@ -28,7 +28,7 @@ def make_run(path: Path, config: dict, overrides: list[str] = (), *, accuracy: f
         write_png(path / "samples" / f"step_{step:08d}.png", image)
     if accuracy is not None:
         summary = {"metrics": {"accuracy": accuracy, "note": "x"}, "wall_seconds": 90.0, "images_per_second": 250,
-                   "peak_memory_bytes": 2e9, "parameters": 3_000_000, "git": "abc"}  # fmt: skip
+                   "peak_memory_bytes": 2e9, "parameters": 3_000_000, "git_revision": "abc"}  # fmt: skip
         (path / "summary.json").write_text(json.dumps(summary))
 
 

@@ -15,13 +15,21 @@ from ldm.utils.images import labelled_grid
 HOW = ("sampler", "times", "steps", "guidance", "threshold", "negative", "image", "mask", "strength")
 
 
+def read_pairs(cfg: dict) -> list[tuple[str, int]]:
+    """Every prompt with every seed; one of either need not be a list."""
+    prompts, seeds = (value if isinstance(value, list) else [value] for value in (cfg["prompts"], cfg["seeds"]))
+    if not all(isinstance(seed, int) for seed in seeds) or not seeds:
+        raise ConfigError(f"seeds={cfg['seeds']} is not a list of whole numbers, e.g. seeds='[0,1]'")
+    return [(str(prompt), seed) for prompt in prompts if prompt is not None for seed in dict.fromkeys(seeds)]
+
+
 def read_edit(cfg: dict, image_size: int) -> Edit | None:
     """The picture and the mask of a config, at the size that is sampled."""
     if not cfg["image"]:
         if cfg["mask"]:
             raise ConfigError("mask is set but image is not; give the picture to repaint, e.g. image=photo.png")
         return None
-    if not 0 <= cfg["strength"] <= 1:
+    if not isinstance(cfg["strength"], int | float) or not 0 <= cfg["strength"] <= 1:
         raise ConfigError(f"strength={cfg['strength']} must lie between 0 (keep the picture) and 1 (forget it)")
     image = resize_crop(read_image(cfg["image"]), image_size)
     mask = resize_crop(read_image(cfg["mask"]), image_size)[:1] > 127 if cfg["mask"] else None

@@ -109,7 +109,7 @@ def _notes(rows: list[Row]) -> list[str]:
         if not run.summary:
             reached = f"step {run.losses[-1][0]}, loss {run.losses[-1][1]:.4g}" if run.losses else "nothing logged"
             notes.append(f"- incomplete: {run.path} ({reached})")
-    revisions = _ordered({str(run.summary["git"]): 0} for run in runs if run.summary.get("git"))
+    revisions = _ordered({str(run.summary["git_revision"]): 0} for run in runs if run.summary.get("git_revision"))
     return notes + ([f"- from {len(revisions)} revisions of the code: {', '.join(revisions)}"] * (len(revisions) > 1))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldm.io.checkpoints import latest, point_last, sweep
-from ldm.training.checkpoint import find, load_config
+from ldm.training.checkpoint import find, load_config, load_files
 from ldm.utils.errors import CheckpointError, ConfigError
 
 
@@ -70,6 +70,14 @@ class RunDirectory:
         if directory is not None and (changed := _changed(load_config(directory), self.config)):
             warnings.append(f"continuing with other settings than {directory}: {', '.join(changed[:8])}")
         return directory, warnings
+
+
+def continued(path: Path, resume: str | Path | None) -> tuple[dict, dict[str, str]]:
+    """Config and files of the checkpoint that training in `path` will continue from; empty for a new run."""
+    directory, _ = latest(Path(path) / "checkpoints", content=False)
+    if directory is None and resume:
+        directory = find(Path(resume))
+    return (load_config(directory), load_files(directory)) if directory else ({}, {})
 
 
 def _changed(old: object, new: object, name: str = "") -> list[str]:
