@@ -8,12 +8,14 @@ from ldm.tools.cli import entry
 @entry("sample")
 def main(cfg: dict, path: Path) -> None:
     from ldm.generate import Sampling, generate, load_run
-    from ldm.tools.gallery import read_edit, read_pairs, write_gallery
+    from ldm.tools.gallery import check_writable, read_edit, read_pairs, write_gallery
     from ldm.utils.devices import pick_device
     from ldm.utils.errors import ConfigError
 
     if not cfg["run"]:
         raise ConfigError("run is not set; give a run directory, e.g. run=runs/shapes/2026-01-01_12-00-00")
+    out = Path(cfg["out"]) if path == Path.cwd() else path  # a sweep has a folder per job below `out`
+    check_writable(out)
     sampling = Sampling.from_config(cfg)
     run = load_run(cfg["run"], device=pick_device(cfg["device"]), ema=cfg["ema"])
     image_size = cfg["image_size"] or run.config["image_size"]
@@ -29,7 +31,6 @@ def main(cfg: dict, path: Path) -> None:
         batch_size=cfg["batch_size"],
         progress=True,
     )
-    out = Path(cfg["out"]) if path == Path.cwd() else path  # a sweep has a folder per job below `out`
     write_gallery(out, images, pairs, {**cfg, "step": run.step}, columns=len({seed for _, seed in pairs}))
     print(f"{len(images)} images in {out}/, all of them in {out / 'grid.png'}")
 

@@ -47,7 +47,7 @@ def train(cfg: dict, path: Path, device, world) -> dict:
     optimizer = make(cfg["optimizer"])(objective)
     ema = make(cfg["ema"], batch_size=trainer.batch_size)(objective) if cfg["ema"] else None
 
-    images = torch.utils.data.Subset(data, range(cfg["limit"])) if cfg["limit"] else data
+    images = torch.utils.data.Subset(data, range(min(cfg["limit"], len(data)))) if cfg["limit"] else data
 
     def batches_from(step: int):
         return batches(images, trainer.batch_size, seed=cfg["seed"], start_step=step, workers=trainer.workers,

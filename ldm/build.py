@@ -10,7 +10,8 @@ import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -80,10 +81,20 @@ def make(node: dict, **interface: Any) -> Any:
         offered = interface.get(name, value)
         if value not in (None, MISSING, offered):
             raise ConfigError(f"{label}: {name}={value} in the config, but the rest of the system gives {offered}")
+        if not fits(value, accepted[name].annotation):
+            raise ConfigError(f"{label}: {name}={value!r} is of the wrong type; expected {accepted[name]}")
     arguments = node | {name: value for name, value in interface.items() if name in accepted}
     if open_ := [name for name, value in arguments.items() if isinstance(value, str) and value == MISSING]:
         raise ConfigError(f"{label}: nothing sets {', '.join(open_)}; give a number in the config")
     return partial(target, **arguments) if is_partial else target(**arguments)
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value of a config is what a signature asks for, where that is a number, a switch or a text."""
+    kinds = set(get_args(annotation)) if isinstance(annotation, UnionType) else {annotation}
+    if value == MISSING or not kinds <= {int, float, bool, str, type(None)}:
+        return True
+    return type(value) in kinds or (float in kinds and type(value) is int)
 
 
 def fill(node: dict, **numbers: Any) -> dict:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.build import build_codec, build_conditioner, build_objective, compose, make
+from ldm.diffusion.objective import DiffusionObjective
 from ldm.models.codec import LatentCodec
 from ldm.samplers.edit import image_to_image, inpaint
 from ldm.training.checkpoint import find, load_config, load_files, load_weights
@@ -59,6 +60,8 @@ def generate(
     progress: bool = False,
 ) -> Tensor:
     """Images, uint8 B 3 H W. Image k depends on prompt k and seed k alone, never on the batch it is drawn in."""
+    if not isinstance(objective, DiffusionObjective):
+        raise ConfigError(f"a run of {type(objective).__name__} draws no images; give the run of a diffusion model")
     if not prompts:
         raise DataError("the list of prompts is empty; give at least one, e.g. prompts='[a red circle]'")
     if batch_size < 1:

@@ -113,7 +113,7 @@ def test_upsampling_by_transposed_convolution_is_nearest_then_convolution():
 
 
 def test_groups_that_do_not_divide_are_named():
-    with pytest.raises(ConfigError, match="groups=32 does not divide 24 channels"):
+    with pytest.raises(ConfigError, match="24 channels do not split into the 32 groups"):
         ResBlock(24, 24)
 
 

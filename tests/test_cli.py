@@ -150,6 +150,9 @@ def test_sweeps_and_their_report(run, tmp_path, capsys):
         (["image_size=30"], 2, "30"),
         (["data=folder", "data.path=/nonexistent/place"], 3, "/nonexistent/place: no such folder"),
         (["process=zero_snr", "prediction=eps"], 2, "use prediction=v"),
+        (["trainer.steps=abc"], 2, "steps='abc' is of the wrong type"),
+        (["steps=0"], 2, "steps=0: a sampler needs at least one step"),
+        (["network.channels=48"], 2, "48 channels do not split into the 32 groups"),
         (["network.head_dim=48"], 2, "head_dim=48 does not divide"),
         (["conditioner=labels", "network=autoencoder_small"], 2, "num_classes"),
         (["codec.run=/nonexistent/place"], 2, "codec.run=/nonexistent/place"),
@@ -195,6 +198,11 @@ def test_damaged_and_foreign_checkpoints(run, tmp_path, capsys):
     code, line = refused(train, capsys, "debug=smoke", "network.channels=32", f"codec.run={run / 'autoencoder'}",
                          f"hydra.run.dir={other}")  # fmt: skip
     assert code == 4 and "is not the network built here" in line
+
+
+def test_an_autoencoder_draws_nothing(run, tmp_path, capsys):
+    code, line = refused(sample, capsys, f"run={run / 'autoencoder'}", "prompts=[a]", f"out={tmp_path / 'o'}")
+    assert code == 2 and "draws no images" in line
 
 
 def test_a_config_in_a_checkpoint_runs_nothing(run, tmp_path):

@@ -87,3 +87,5 @@ def test_make_answers_misspelt_missing_and_contradicting_arguments():
         make({**node, "channels": "???"})
     with pytest.raises(ConfigError, match="channels=3 in the config, but the rest of the system gives 1"):
         make(node, channels=1)
+    with pytest.raises(ConfigError, match="channels='x' is of the wrong type; expected channels: int"):
+        make({**node, "channels": "x"})

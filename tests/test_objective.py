@@ -143,9 +143,12 @@ def test_a_linear_network_learns_the_gaussian_posterior():
     assert o.denoiser.net.gain.item() == pytest.approx(exact, abs=0.03)
 
 
-def test_strata_spread_the_times_however_the_batch_is_split():
-    o = objective(strata=8)
-    position = torch.arange(40, 56)
-    u = o.draws(position)
-    assert sorted((u[:8] * 8).floor().tolist()) == list(range(8)), "eight images in a row, one in each eighth"
-    assert torch.equal(torch.cat([o.draws(part) for part in position.split(3)]), u)
+def test_stratified_times_are_spread_evenly_however_batches_are_split():
+    o = objective(stratified=True)
+    for start, count in ((0, 8), (1000, 16), (123_456_789, 64)):
+        position = torch.arange(start, start + count)
+        u = o.draws(position)
+        assert u.sort().values.diff().max() < 2.7 / count, "no gap much wider than 1 / count"
+        assert torch.equal(torch.cat([o.draws(part) for part in position.split(3)]), u)
+    alone = objective(stratified=False).draws(torch.arange(4096))
+    assert alone.sort().values.diff().max() > 4 / 4096 and abs(alone.mean() - 0.5) < 0.02

@@ -1,5 +1,6 @@
 """The training objective of every diffusion model here: a weighted squared error of what the network predicts."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from ldm.diffusion.denoiser import Denoiser
 from ldm.utils.seeding import BatchNoise, keys, normal, uniform
 from ldm.utils.tensors import pad_dims
+
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class DiffusionObjective(nn.Module):
@@ -27,7 +30,7 @@ class DiffusionObjective(nn.Module):
         weighting: Callable[..., Tensor],
         *,
         seed: int = 0,
-        strata: int = 1,
+        stratified: bool = True,
         offset_noise: float = 0.0,
     ):
         super().__init__()
@@ -37,7 +40,7 @@ class DiffusionObjective(nn.Module):
         self.density = density
         self.weighting = weighting
         self.seed = seed
-        self.strata = strata
+        self.stratified = stratified
         self.offset_noise = offset_noise
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -64,12 +67,15 @@ class DiffusionObjective(nn.Module):
             return self.codec.encode(batch["image"], generator=BatchNoise(self.seed, "posterior", batch["position"]))
 
     def draws(self, position: Tensor) -> Tensor:
-        """u in [0, 1) per image; stratified, `strata` images in a row fall one into each of as many equal slices.
+        """u in [0, 1) per image: independent, or stratified: any images in a row spread evenly over [0, 1).
 
-        Less variance of a batch's loss (§I.1, arXiv:2107.00630), and by position, so however batches are split.
+        Less variance of a batch's loss, as the equal spacing of §I.1, arXiv:2107.00630. Deviation: the spacing is the
+        golden ratio's, by position, so however the batches are split every part of them is spread evenly too.
         """
-        u = uniform(keys(self.seed, "t", position))  # B
-        return (position % self.strata + u) / self.strata
+        if not self.stratified:
+            return uniform(keys(self.seed, "t", position))
+        start = uniform(keys(self.seed, "t", position.new_zeros(1)))
+        return (start + position.double() * GOLDEN) % 1
 
     def noise(self, x0: Tensor, position: Tensor) -> Tensor:
         eps = normal(keys(self.seed, "eps", position), x0.shape[1:], x0.dtype)

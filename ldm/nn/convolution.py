@@ -22,7 +22,7 @@ def zero_init(module: nn.Module) -> nn.Module:
 def group_norm(channels: int, groups: int = 32, eps: float = 1e-5) -> nn.GroupNorm:
     """GroupNorm, or a ConfigError that says which number does not fit."""
     if channels % groups:
-        raise ConfigError(f"groups={groups} does not divide {channels} channels; choose a divisor such as groups=8")
+        raise ConfigError(f"{channels} channels do not split into the {groups} groups of GroupNorm; use a multiple")
     return nn.GroupNorm(groups, channels, eps=eps)
 
 

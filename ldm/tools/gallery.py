@@ -1,6 +1,7 @@
 """What `sample.py` reads and leaves behind: a picture to start from; a PNG per image, a contact sheet, samples.json."""
 
 import json
+import os
 from pathlib import Path
 
 from torch import Tensor
@@ -23,12 +24,21 @@ def read_pairs(cfg: dict) -> list[tuple[str, int]]:
     return [(str(prompt), seed) for prompt in prompts if prompt is not None for seed in dict.fromkeys(seeds)]
 
 
+def check_writable(out: Path) -> None:
+    """Before the work is done, not after it."""
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"out={out} cannot be written: {parent} is not a folder that this user may write to")
+
+
 def read_edit(cfg: dict, image_size: int) -> Edit | None:
     """The picture and the mask of a config, at the size that is sampled."""
     if not cfg["image"]:
         if cfg["mask"]:
             raise ConfigError("mask is set but image is not; give the picture to repaint, e.g. image=photo.png")
         return None
+    if not isinstance(image_size, int):
+        raise ConfigError(f"image_size={image_size} with a picture to start from: give one number, it is cut square")
     if not isinstance(cfg["strength"], int | float) or not 0 <= cfg["strength"] <= 1:
         raise ConfigError(f"strength={cfg['strength']} must lie between 0 (keep the picture) and 1 (forget it)")
     image = resize_crop(read_image(cfg["image"]), image_size)

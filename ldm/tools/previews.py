@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldm.build import make
+from ldm.diffusion.objective import DiffusionObjective
 from ldm.generate import Sampling, generate
 from ldm.io.images import write_png
 from ldm.utils.images import labelled_grid
@@ -20,6 +21,8 @@ class Previews:
         self.cfg, self.path, self.data, self.objective, self.ema = cfg, path, data, objective, ema
         self.preview, self.metrics = (make(cfg[name]) if cfg[name] else None for name in ("preview", "metrics"))
         self.sampling = Sampling.from_config(cfg)
+        if isinstance(objective, DiffusionObjective):
+            self.sampling.times(objective.denoiser.process)  # an impossible grid is an error now, not at a preview
 
     def sample(self, step: int) -> Path | None:
         """Write samples/step_*.png."""
