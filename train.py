@@ -25,7 +25,7 @@ def train(cfg: dict, path: Path, device, world) -> dict:
     """Train in the run directory `path` until trainer.steps, from its newest checkpoint; returns its summary."""
     import torch
 
-    from ldm.build import build_conditioner, build_objective, make, write_config
+    from ldm.build import build_conditioner, build_held_out, build_objective, make, write_config
     from ldm.data.loader import batches
     from ldm.tools.previews import Previews
     from ldm.tools.profile import profiled
@@ -53,7 +53,7 @@ def train(cfg: dict, path: Path, device, world) -> dict:
         return batches(images, trainer.batch_size, seed=cfg["seed"], start_step=step, workers=trainer.workers,
                        rank=world.rank, world_size=world.size, flip=cfg["flip"])  # fmt: skip
 
-    previews = Previews(cfg, path, data, objective, ema)
+    previews = Previews(cfg, path, build_held_out(cfg["data"], data), objective, ema)
     logger = make(cfg["logger"], run_dir=path, config=cfg) if cfg["logger"] else None
     if world.is_main:
         write_config(path / "config.yaml", cfg)

@@ -17,7 +17,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.utils.errors import ConfigError
+from ldm.utils.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # torch is imported when the first object is built, not when a config is composed
     from torch import nn
@@ -100,6 +100,14 @@ def fits(value: Any, annotation: Any) -> bool:
 def fill(node: dict, **numbers: Any) -> dict:
     """The node with every open number (`???`) filled in, ready to be stored in a checkpoint's config."""
     return {name: numbers.get(name, value) if value == MISSING else value for name, value in node.items()}
+
+
+def build_held_out(node: dict, data: Any) -> Any:
+    """The images that training never sees; all of them where there are too few to hold any out."""
+    try:
+        return make({**node, "split": "held_out"})
+    except DataError:
+        return data
 
 
 def build_conditioner(node: dict, data: Any = None, tokenizer: str | None = None) -> tuple[Any, dict, dict[str, bytes]]:

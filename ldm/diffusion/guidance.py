@@ -42,7 +42,7 @@ def cfg(
     Both conditions run as one batch, `cond` first.
     """
     alone = none(denoiser, cond, null)
-    if scale == 1:
+    if scale == 1 or not cond:  # an unconditional model has nothing to be guided to
         return alone
     both = _stack(cond, null)
     low, high = interval

@@ -227,8 +227,8 @@ class VPCosine(Process):
 class EDM(Process):
     """alpha = 1, sigma = sigma_max t^rho: the variance-exploding process of arXiv:2206.00364.
 
-    Our t is only a name for sigma; with rho = 7 an even grid of t is close to the steps of its Eq. (5), and even
-    training draws to its log-normal ones. Grids in sigma end at sigma_min before they step to 0.
+    Our t is only a name for sigma; with rho = 7 an even grid of t is close to the steps of its Eq. (5). Train with
+    density=log_normal: even draws of t spend a fifth below sigma_min. Grids in sigma end at sigma_min, then step to 0.
     """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):

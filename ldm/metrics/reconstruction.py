@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class PSNR:
-    """Peak signal-to-noise ratio in dB on images spread evenly over the dataset."""
+    """Peak signal-to-noise ratio in dB on held-out images."""
 
     def __init__(self, num_images: int = 512):
         self.num_images = num_images

@@ -27,7 +27,7 @@ class World:
         """The objective, with gradients averaged over ranks; its buffers stay those of each rank's own images."""
         if self.size == 1:
             return objective
-        return DistributedDataParallel(objective, find_unused_parameters=find_unused)
+        return DistributedDataParallel(objective, find_unused_parameters=find_unused, broadcast_buffers=False)
 
     def agree(self, number: int) -> int:
         """The largest number any rank brings, a signal for instance; on the host, so no accelerator is waited for."""
