@@ -86,7 +86,8 @@ def build_first_stage(cfg: dict, stored: dict, path: Path, data, device, world):
         if world.is_main:
             print(f"first stage: the autoencoder, experiment={node['experiment']}, in {source}")
         stage = compose("train", [f"experiment={node['experiment']}", *cfg['first_stage']])
-        stage |= {name: cfg[name] for name in ("data", "image_size", "seed", "flip", "device")}
+        stage |= {name: cfg[name] for name in ("data", "image_size", "seed", "flip", "device", "logger")}
+        stage["trainer"] |= {name: cfg["trainer"][name] for name in ("precision", "compile", "workers")}
         train(stage, source, device, world)
     return codec_of_run(node, source, data)
 

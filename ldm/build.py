@@ -7,15 +7,18 @@ of the network (`???` in its YAML). Every function takes plain dicts; nothing be
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ldm.utils.errors import ConfigError, DataError
 
@@ -33,11 +36,13 @@ def config_dir() -> Path:
 
 
 def compose(config_name: str, overrides: Iterable[str] = ()) -> dict:
-    """A config as a plain, resolved dict, as the command line would compose it."""
+    """A config as a plain, resolved dict, as the command line would compose it. Raises ConfigError."""
     outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # perhaps we are inside a Hydra program
     try:
         with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
             return plain(hydra.compose(config_name, overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error, config_name)) from error
     finally:
         GlobalHydra.instance().hydra = outer
 
@@ -45,6 +50,40 @@ def compose(config_name: str, overrides: Iterable[str] = ()) -> dict:
 def plain(cfg: DictConfig) -> dict:
     """Resolved dict of a config; `???` stays where the wiring will fill a number in."""
     return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+
+
+def explain(error: Exception, config_name: str) -> str:
+    """One line for a Hydra or OmegaConf error, with the nearest name when a key or a file does not exist."""
+    text = " ".join(str(error).split())
+    if match := re.search(r"Could not override '([^']+)'|[Kk]ey '([^']+)' is not in struct", text):
+        key = match.group(1) or match.group(2)
+        return f"there is no setting '{key}'" + nearest(key, _keys(compose(config_name)))
+    if match := re.search(r"[Cc]ould not find '([^']+)'", text):
+        group, _, name = match.group(1).rpartition("/")
+        options = sorted(p.stem for p in Path(config_dir(), group).glob("*.yaml"))
+        return f"there is no {group}={name}{nearest(name, options)}; choose from: {', '.join(options)}"
+    if match := re.search(r"[Cc]ould not override '([^']+)'\. No match in the defaults list", text):
+        return f"there is no group '{match.group(1)}'"
+    return text
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` or nothing."""
+    known = list(known)
+    last = {k.rpartition(".")[2]: k for k in reversed(known)}
+    close = difflib.get_close_matches(name, known, 1, 0.6) or [
+        last[k] for k in difflib.get_close_matches(name.rpartition(".")[2], last, 1, 0.6)
+    ]
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _keys(cfg: dict, prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in cfg.items():
+        keys.append(prefix + name)
+        if isinstance(value, dict):
+            keys += _keys(value, f"{prefix}{name}.")
+    return keys
 
 
 def locate(target: str) -> Callable:
@@ -91,8 +130,9 @@ def make(node: dict, **interface: Any) -> Any:
 
 def fits(value: Any, annotation: Any) -> bool:
     """Whether a value of a config is what a signature asks for, where that is a number, a switch or a text."""
-    kinds = set(get_args(annotation)) if isinstance(annotation, UnionType) else {annotation}
-    if value == MISSING or not kinds <= {int, float, bool, str, type(None)}:
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    kinds = {list if get_origin(kind) is Sequence else kind for kind in kinds}
+    if value == MISSING or not kinds <= {int, float, bool, str, list, type(None)}:
         return True
     return type(value) in kinds or (float in kinds and type(value) is int)
 
@@ -150,8 +190,14 @@ def build_network(node: dict, codec: Any, conditioner: Any) -> "tuple[nn.Module,
     return make({name: None if value == MISSING else value for name, value in node.items()}), node
 
 
-def build_objective(cfg: dict, codec: Any, conditioner: Any) -> "tuple[nn.Module, nn.Module, dict]":
-    """The objective, made of the parts that its constructor asks for by name; the network; the network's node."""
+def build_objective(
+    cfg: dict, codec: Any, conditioner: Any, *, training: bool = True
+) -> "tuple[nn.Module, nn.Module, dict]":
+    """The objective, made of the parts that its constructor asks for by name; the network; the network's node.
+
+    Without `training`, what only training needs (its knobs, densities, weights, perceptual files) is left out, so that
+    a checkpoint can be sampled from whatever became of those.
+    """
     from ldm.diffusion.denoiser import Denoiser
 
     wanted = inspect.signature(locate(cfg["objective"]["_target_"])).parameters
@@ -161,14 +207,18 @@ def build_objective(cfg: dict, codec: Any, conditioner: Any) -> "tuple[nn.Module
         "denoiser": lambda: Denoiser(network, make(cfg["process"]), make(cfg["prediction"])),
         "codec": lambda: codec,
         "conditioner": lambda: conditioner,
+        "discriminator": lambda: make(cfg["discriminator"]) if cfg["discriminator"] else None,
+    }
+    only_training: dict[str, Callable[[], Any]] = {
         "density": lambda: make(cfg["density"]),
         "weighting": lambda: make(cfg["weighting"]),
         "reconstruction": lambda: make(cfg["reconstruction"]),
-        "discriminator": lambda: make(cfg["discriminator"]) if cfg["discriminator"] else None,
         "perceptual": lambda: make(cfg["perceptual"]) if cfg["perceptual"] else None,
     }
     objects = {name: part() for name, part in parts.items() if name in wanted}
-    return make(cfg["objective"], **objects), network, node
+    objects |= {name: part() if training else None for name, part in only_training.items() if name in wanted}
+    own = cfg["objective"] if training else {"_target_": cfg["objective"]["_target_"]}
+    return make(own, **objects), network, node
 
 
 def write_config(path: Path, cfg: dict) -> None:

@@ -59,7 +59,8 @@ def generate(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Tensor:
-    """Images, uint8 B 3 H W. Image k depends on prompt k and seed k alone, never on the batch it is drawn in."""
+    """Images, uint8 B 3 H W. Image k depends on prompt k and seed k alone: the batch it is drawn in changes
+    its float32 rounding at most, which may turn a grey level."""
     if not isinstance(objective, DiffusionObjective):
         raise ConfigError(f"a run of {type(objective).__name__} draws no images; give the run of a diffusion model")
     if not prompts:
@@ -87,6 +88,8 @@ def guided(objective: nn.Module, prompts: Sequence[str], sampling: Sampling, neg
     cond = conditioner({field: list(prompts) for field in conditioner.fields})
     null = conditioner({field: [negative] * n for field in conditioner.fields}) if negative else conditioner.null(n)
     denoise = sampling.guidance(objective.denoiser, cond, null)
+    if sampling.threshold and not objective.codec.bounded:
+        raise ConfigError("threshold clips x0 to [-1, 1], the range of pixels, not of latents; use threshold=none")
     return sampling.threshold(denoise) if sampling.threshold else denoise
 
 
@@ -161,7 +164,7 @@ def load_run(path: str | Path, *, device: str = "cpu", ema: bool = True) -> Run:
     config = load_config(directory)
     files = load_files(directory)
     conditioner, _, _ = build_conditioner(config["conditioner"], tokenizer=files.get("tokenizer.json"))
-    objective, _, _ = build_objective(config, build_codec(config["codec"]), conditioner)
+    objective, _, _ = build_objective(config, build_codec(config["codec"]), conditioner, training=False)
     step = load_weights(directory, objective, ema=ema)
     return Run(objective.to(device), config, step)
 

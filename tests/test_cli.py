@@ -151,6 +151,7 @@ def test_sweeps_and_their_report(run, tmp_path, capsys):
         (["data=folder", "data.path=/nonexistent/place"], 3, "/nonexistent/place: no such folder"),
         (["process=zero_snr", "prediction=eps"], 2, "use prediction=v"),
         (["trainer.steps=abc"], 2, "steps='abc' is of the wrong type"),
+        (["optimizer.betas=3"], 2, "betas=3 is of the wrong type"),
         (["steps=0"], 2, "steps=0: a sampler needs at least one step"),
         (["network.channels=48"], 2, "48 channels do not split into the 32 groups"),
         (["network.head_dim=48"], 2, "head_dim=48 does not divide"),
@@ -172,6 +173,7 @@ def test_bad_training_settings_end_in_one_line(run, tmp_path, capsys, arguments,
         (["prompts=[]"], 3, "the list of prompts is empty"),
         (["prompts=[a red circle]", "steps=0"], 2, "steps=0"),
         (["prompts=[a red circle]", "seeds=[x]"], 2, "is not a list of whole numbers"),
+        (["prompts=[a red circle]", "threshold=static"], 2, "not of latents"),
         (["prompts=[a red circle]", "batch_size=0"], 2, "batch_size=0"),
         (["prompts=[a red circle]", "image_size=30"], 2, "not divisible by 4"),
         (["prompts=[a red circle]", "strength=2", "image=x.png"], 2, "strength=2"),
@@ -198,6 +200,31 @@ def test_damaged_and_foreign_checkpoints(run, tmp_path, capsys):
     code, line = refused(train, capsys, "debug=smoke", "network.channels=32", f"codec.run={run / 'autoencoder'}",
                          f"hydra.run.dir={other}")  # fmt: skip
     assert code == 4 and "is not the network built here" in line
+
+
+def test_what_only_training_needs_may_be_gone(run, tmp_path):
+    from ldm.io.checkpoints import commit
+
+    old = run / "checkpoints" / "step_00000004"
+    config = json.loads((old / "config.json").read_text())
+    config["density"] = config["weighting"] = {"_target_": "ldm.diffusion.times.forgotten"}
+    config["objective"]["forgotten"] = 1
+
+    def write(folder: Path) -> None:
+        for file in old.iterdir():
+            if file.name != "manifest.json":
+                shutil.copy(file, folder / file.name)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    commit(tmp_path / "step_00000004", write, 4)
+    assert len(ldm.load_run(tmp_path / "step_00000004").generate(["a red circle"], steps=1)) == 1
+
+
+def test_python_errors_are_ours_too(run):
+    from ldm.utils.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="there is no sampler=nope"):
+        ldm.load_run(run).generate(["a red circle"], sampler="nope")
 
 
 def test_an_autoencoder_draws_nothing(run, tmp_path, capsys):

@@ -242,8 +242,10 @@ def test_image_to_image_starts_where_the_reference_programs_do():
 
 def test_limits_of_strength():
     grid, judge = times.trailing(SD, 10), GaussianDenoiser(SD)
-    same_image = edit.image_to_image(ddim.sample, judge, SD, images(), grid, strength=0.05)
+    same_image = edit.image_to_image(ddim.sample, judge, SD, images(), grid, strength=0.0)
     assert torch.equal(same_image, images())
+    with pytest.raises(ConfigError, match="less than one step"):
+        edit.image_to_image(ddim.sample, judge, SD, images(), grid, strength=0.05)
     far = [edit.image_to_image(ddim.sample, judge, SD, images(), grid, strength=s, generator=Noise([1, 2, 3]))
            for s in (0.2, 0.6, 1.0)]
     distances = [(x - images()).norm().item() for x in far]

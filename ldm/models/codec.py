@@ -32,6 +32,7 @@ class PixelCodec(nn.Module):
     """The image itself; with `channels=1` its luminance, decoded to three equal channels."""
 
     downsample = 1
+    bounded = True  # x0 lies in [-1, 1]
 
     def __init__(self, channels: int = 3):
         super().__init__()
@@ -55,6 +56,8 @@ class LatentCodec(nn.Module):
     scale, shift: a number or one per latent channel (SD 1.x: 0.18215 and 0; SDXL: 0.13025; SD 3: 1.5305 and 0.0609).
     The autoencoder stays in evaluation mode and outside autocast: SDXL's overflows in float16.
     """
+
+    bounded = False
 
     def __init__(
         self, autoencoder: AutoencoderKL, scale: float | Sequence[float] = 1.0, shift: float | Sequence[float] = 0.0

@@ -42,8 +42,10 @@ def image_to_image(
         raise ConfigError(f"start={start} is not known; use one of {', '.join(STARTS)}")
     steps = len(intervals(times))
     kept = int(strength * steps)
-    if kept == 0:
+    if strength == 0:
         return image.clone()
+    if kept == 0:
+        raise ConfigError(f"strength={strength} of {steps} steps is less than one step; raise either")
     noised_at = steps - kept - STARTS[start]
     if noised_at < 0:
         raise ConfigError(f"strength={strength} with start={start} begins above the grid; lower the strength")

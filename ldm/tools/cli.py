@@ -1,12 +1,12 @@
 """The command line of `train.py` and `sample.py`: Hydra, answers before torch is imported, errors in one line."""
 
-import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.build import compose, config_dir, plain
+from ldm.build import config_dir, explain, plain
 from ldm.utils.errors import ConfigError, LdmError
 
 
@@ -44,7 +44,7 @@ def entry(config_name: str) -> Callable:
             try:
                 _adapt_to_torchrun(sys.argv)
                 program()
-            except (LdmError, HydraException, OmegaConfBaseException, KeyboardInterrupt) as error:
+            except (LdmError, HydraException, OmegaConfBaseException, OSError, KeyboardInterrupt) as error:
                 if full_traceback:
                     raise
                 _fail(*_line(error, config_name))
@@ -81,40 +81,6 @@ def _options(group: str, chosen: str) -> str:
     return " ".join(sorted(p.stem for p in (config_dir() / group).glob("*.yaml") if p.stem != chosen))
 
 
-def explain(error: Exception, config_name: str) -> str:
-    """One line for a Hydra or OmegaConf error, with the nearest name when a key or a file does not exist."""
-    text = " ".join(str(error).split())
-    if match := re.search(r"Could not override '([^']+)'|[Kk]ey '([^']+)' is not in struct", text):
-        key = match.group(1) or match.group(2)
-        return f"there is no setting '{key}'" + nearest(key, _keys(compose(config_name)))
-    if match := re.search(r"[Cc]ould not find '([^']+)'", text):
-        group, _, name = match.group(1).rpartition("/")
-        options = sorted(p.stem for p in Path(config_dir(), group).glob("*.yaml"))
-        return f"there is no {group}={name}{nearest(name, options)}; choose from: {', '.join(options)}"
-    if match := re.search(r"[Cc]ould not override '([^']+)'\. No match in the defaults list", text):
-        return f"there is no group '{match.group(1)}'"
-    return text
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` or nothing."""
-    known = list(known)
-    last = {k.rpartition(".")[2]: k for k in reversed(known)}
-    close = difflib.get_close_matches(name, known, 1, 0.6) or [
-        last[k] for k in difflib.get_close_matches(name.rpartition(".")[2], last, 1, 0.6)
-    ]
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
-def _keys(cfg: dict, prefix: str = "") -> list[str]:
-    keys = []
-    for name, value in cfg.items():
-        keys.append(prefix + name)
-        if isinstance(value, dict):
-            keys += _keys(value, f"{prefix}{name}.")
-    return keys
-
-
 def _adapt_to_torchrun(argv: list[str]) -> None:
     """Under torchrun rank 0 alone owns the run directory; a sweep would hang in its second job, so it is refused."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -126,12 +92,14 @@ def _adapt_to_torchrun(argv: list[str]) -> None:
         argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
 
 
-def _line(error: BaseException, config_name: str) -> tuple[object, int]:
+def _line(error: Any, config_name: str) -> tuple[object, int]:
     if isinstance(error, LdmError):
         return error, error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
-    return explain(error, config_name), ConfigError.exit_code
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return explain(error, config_name), ConfigError.exit_code
+    return f"{error.filename}: {error.strerror}", ConfigError.exit_code
 
 
 def _fail(message: object, code: int) -> None:

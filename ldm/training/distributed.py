@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ class World:
         """The objective, with gradients averaged over ranks; its buffers stay those of each rank's own images."""
         if self.size == 1:
             return objective
-        return DistributedDataParallel(objective, find_unused_parameters=find_unused, broadcast_buffers=False)
+        renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # in torch 2.15
+        keep = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        return DistributedDataParallel(objective, find_unused_parameters=find_unused, **keep)
 
     def agree(self, number: int) -> int:
         """The largest number any rank brings, a signal for instance; on the host, so no accelerator is waited for."""

@@ -78,7 +78,7 @@ class Report:
         often = (trainer.log_every, trainer.sample_every, trainer.eval_every)
         if step != 1 and not any(trainer.due(step, every) for every in often):
             return
-        values = {**values, "loss": self.world.mean(values["loss"])}
+        values = {name: self.world.mean(v) if isinstance(v, Tensor) else v for name, v in values.items()}
         record = {"step": step, **{name: finite(float(value)) for name, value in values.items()}}
         record |= {"images": step * trainer.batch_size, "images_per_second": self._rate(step)}
         if self.world.is_main:
