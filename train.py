@@ -3,6 +3,7 @@
 Read `train` from top to bottom: it is the whole system, each part built from those above it.
 """
 
+from functools import partial
 from pathlib import Path
 
 from ldm.tools.cli import entry
@@ -48,21 +49,17 @@ def train(cfg: dict, path: Path, device, world) -> dict:
     ema = make(cfg["ema"], batch_size=trainer.batch_size)(objective) if cfg["ema"] else None
 
     images = torch.utils.data.Subset(data, range(min(cfg["limit"], len(data)))) if cfg["limit"] else data
-
-    def batches_from(step: int):
-        return batches(images, trainer.batch_size, seed=cfg["seed"], start_step=step, workers=trainer.workers,
-                       rank=world.rank, world_size=world.size, flip=cfg["flip"])  # fmt: skip
-
+    feed = partial(batches, images, trainer.batch_size, seed=cfg["seed"], workers=trainer.workers, flip=cfg["flip"],
+                   rank=world.rank, world_size=world.size)  # fmt: skip
     previews = Previews(cfg, path, build_held_out(cfg["data"], data), objective, ema)
     logger = make(cfg["logger"], run_dir=path, config=cfg) if cfg["logger"] else None
+    hooks = Hooks(previews.sample, previews.evaluate, logger)
+    run = RunDirectory(path, cfg, files, resume and Path(resume))
     if world.is_main:
         write_config(path / "config.yaml", cfg)
     with profiled(path, cfg["profile"]):
-        return fit(
-            objective, batches_from, optimizer, trainer, RunDirectory(path, cfg, files, resume and Path(resume)),
-            lr_schedule=make(cfg["lr_schedule"]), ema=ema, hooks=Hooks(previews.sample, previews.evaluate, logger),
-            world=world, seed=cfg["seed"],
-        )  # fmt: skip
+        return fit(objective, lambda step: feed(start_step=step), optimizer, trainer, run, ema=ema, hooks=hooks,
+                   lr_schedule=make(cfg["lr_schedule"]), world=world, seed=cfg["seed"])  # fmt: skip
 
 
 def build_first_stage(cfg: dict, stored: dict, path: Path, data, device, world):

@@ -1,0 +1,142 @@
+"""The pickle inside a torch file, read without running anything: training checkpoints name classes nobody has.
+
+Every class a pickle names becomes `Inert`, which takes whatever it is given and does nothing, but for the four names
+that tables of tensors are made of. What only an attack would name is refused.
+"""
+
+import io
+import pickle
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ldm.io.tensors import MAX_EXTENT, MAX_NAME, MAX_TENSORS
+from ldm.utils.errors import WeightsError
+
+MAX_PICKLE = 64 << 20  # bytes; that of Stable Diffusion with its optimizer has 2 MB
+STORAGES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+}  # fmt: skip
+WRAPPERS = ("state_dict", "module", "model", "params_ema", "params")  # where trainers put the table of weights
+HARMLESS = {"_codecs", "argparse", "collections", "copyreg", "datetime", "enum", "functools", "pathlib", "typing"}
+BUILTINS = {"bool", "bytearray", "complex", "dict", "float", "frozenset", "int", "list", "set", "slice", "tuple"}
+
+
+class PickledTensor(NamedTuple):
+    """What a pickle says of a tensor whose bytes are elsewhere."""
+
+    storage: str
+    dtype: torch.dtype
+    offset: int  # elements, as the strides
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class Inert:
+    """Stands for any object of a class that is not needed: every way a pickle can make or fill it does nothing."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        pass
+
+    add = append
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: torch.dtype
+
+
+class _Unpickler(pickle._Unpickler):
+    """Python's own unpickler, not the one in C: a few damaged bytes cannot make it allocate gigabytes."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self) -> None:
+        self.stack.pop()  # the state an object would be given
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
+            return _rebuild_tensor
+        if module == "torch._utils" and name == "_rebuild_parameter":
+            return _rebuild_parameter
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        package = module.partition(".")[0]
+        is_stdlib = package in sys.stdlib_module_names or package in ("__builtin__", "nt")
+        if package in ("builtins", "__builtin__") and name in BUILTINS or package in HARMLESS or not is_stdlib:
+            return Inert
+        raise WeightsError(f"it would run {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, *_ = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
+            raise WeightsError("a storage that torch does not write")
+        return _Storage(key, dtype)
+
+
+def read_pickle(data: bytes, path: Path) -> dict[str, PickledTensor]:
+    """The tensors a pickle describes by name, nested names joined by dots. Raises WeightsError; runs nothing."""
+    if len(data) > MAX_PICKLE:
+        raise WeightsError(f"{path}: a pickle of {len(data):,} bytes, at most {MAX_PICKLE:,} are read")
+    try:
+        content = _Unpickler(io.BytesIO(data), encoding="utf-8").load()
+        return dict(_named(_unwrapped(content), "", set()))
+    except WeightsError as error:
+        advice = "do not open it with anything else; get the .safetensors of the same weights"
+        raise WeightsError(f"{path}: not a plain file of tensors ({error}); {advice}") from None
+    except Exception as error:  # a damaged pickle ends in any of a dozen types
+        text = " ".join(str(error).split())[:100]
+        raise WeightsError(f"{path}: damaged or cut short ({type(error).__name__}: {text})") from error
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> PickledTensor:
+    shape, stride = tuple(shape), tuple(stride)
+    numbers = [offset, *shape, *stride]
+    if not isinstance(storage, _Storage) or len(shape) != len(stride):
+        raise WeightsError("a tensor without its storage")
+    if not all(type(n) is int and 0 <= n < MAX_EXTENT for n in numbers):
+        raise WeightsError(f"a tensor of an impossible shape, of {len(shape)} axes")
+    return PickledTensor(storage.key, storage.dtype, offset, shape, stride)
+
+
+def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
+    return tensor
+
+
+def _unwrapped(content: Any) -> Any:
+    """The table of weights inside what a trainer saved."""
+    for _ in WRAPPERS:
+        if isinstance(content, Mapping) and not any(isinstance(value, PickledTensor) for value in content.values()):
+            content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping)), content)
+    return content
+
+
+def _named(content: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, PickledTensor]]:
+    if isinstance(content, PickledTensor):
+        if len(prefix) > MAX_NAME or not prefix.isprintable():
+            raise WeightsError(f"a tensor named {prefix[:40]!r}")
+        yield prefix or "tensor", content
+    elif isinstance(content, Mapping) and id(content) not in seen:
+        seen.add(id(content))
+        if len(content) > MAX_TENSORS:
+            raise WeightsError(f"{len(content):,} entries, at most {MAX_TENSORS:,} are read")
+        for name, value in content.items():
+            if not isinstance(name, str | int):
+                continue
+            yield from _named(value, f"{prefix}.{name}" if prefix else str(name), seen)

@@ -1,0 +1,110 @@
+"""What a file of weights is, from the names and shapes in it: its parts, and what it looks like in words."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from ldm.weights.formats import Shapes
+from ldm.weights.ledger import listing
+
+PREFIXES = {  # part of an original single file -> component, by the names diffusers has for the folders
+    "model.diffusion_model.": "unet",
+    "first_stage_model.": "vae",
+    "cond_stage_model.transformer.": "text_encoder",  # SD 1.x
+    "cond_stage_model.model.": "text_encoder",  # SD 2.x, OpenCLIP's names
+    "conditioner.embedders.0.transformer.": "text_encoder",  # SDXL
+    "conditioner.embedders.1.model.": "text_encoder_2",
+    "conditioner.embedders.0.model.": "text_encoder_2",  # the refiner
+}
+BARE = {  # one component alone, without a prefix: a key that only it has
+    "input_blocks.0.0.weight": ("unet", "original"),
+    "down_blocks.0.resnets.0.norm1.weight": ("unet", "diffusers"),
+    "encoder.down.0.block.0.norm1.weight": ("vae", "original"),
+    "encoder.down_blocks.0.resnets.0.norm1.weight": ("vae", "diffusers"),
+}
+EMA = "model_ema."
+SCHEDULE = (
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
+)  # fmt: skip
+EXTRAS = {*SCHEDULE, "logvar", "lvlb_weights", "scale_factor", "denoiser.sigmas"}  # known, and of no use here
+TRAINING = ("loss.",)  # an autoencoder's discriminator and perceptual network
+LOOKS: dict[str, str] = {  # a piece of a key -> what has such keys; the first row that matches
+    r"lora_(up|down|A|B|unet|te)|\.lora[._]|lora_layer|hada_w|lokr_w|oft_": "a LoRA, an addition to a base model",
+    r"^ip_adapter\.|^image_proj\.": "an IP-Adapter, an addition to a base model",
+    r"control_model\.|controlnet_|input_hint_block": "a ControlNet, an addition to a base model",
+    r"^(adapter\.)?body\.\d+\.": "a T2I-Adapter, an addition to a base model",
+    r"^emb_params|^string_to_(param|token)|^clip_[lg]$|^<.*>$": "a textual-inversion embedding",
+    r"joint_blocks\.": "a Stable Diffusion 3 transformer",
+    r"double_blocks\.|single_transformer_blocks\.": "a FLUX transformer",
+    r"adaLN_modulation|adaln_single": "a diffusion transformer",
+    r"^unet\.|^denoiser\.net\.": "a training run of ours or another's",
+    r"resblocks\.|text_model\.|vision_model\.": "a CLIP encoder",
+}
+FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL", 1280: "SDXL refiner"}  # by text width
+WORDS = {"vae": "an autoencoder", "text_encoder": "a text encoder", "text_encoder_2": "a text encoder"}
+
+
+class Part(NamedTuple):
+    """The tensors of one component in a file: their names in its layout -> in the file."""
+
+    layout: str  # original | diffusers
+    names: dict[str, str]
+
+
+def find_parts(keys: Iterable[str], *, ema: bool) -> tuple[dict[str, Part], list[str]]:
+    """Components in a file, and the keys that belong to none and are not known extras.
+
+    ema: the averaged weights of the UNet, where a training checkpoint holds them beside the others.
+    """
+    keys = set(keys)
+    for marker, (component, layout) in BARE.items():
+        if marker in keys:
+            extras = {key for key in keys if layout == "original" and _is_extra(key)}
+            return {component: Part(layout, {key: key for key in keys - extras})}, []
+    parts, rest = {}, []
+    for key in sorted(keys):
+        prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), None)
+        if prefix:
+            parts.setdefault(PREFIXES[prefix], Part("original", {})).names[key.removeprefix(prefix)] = key
+        elif not _is_extra(key):
+            rest.append(key)
+    averaged = {name for name in keys if name.startswith(EMA)}
+    if "unet" in parts and ema and averaged:
+        names = {name: EMA + f"diffusion_model.{name}".replace(".", "") for name in parts["unet"].names}
+        lost = averaged - set(names.values()) - {f"{EMA}decay", f"{EMA}num_updates"}
+        parts["unet"] = Part("original", names)
+        rest += sorted(lost)
+    return parts, rest if parts else sorted(keys)
+
+
+def _is_extra(key: str) -> bool:
+    return key in EXTRAS or key.startswith((EMA, *TRAINING))
+
+
+def looks_like(shapes: Shapes) -> str:
+    """What a table of tensors seems to be, in words for an error message."""
+    parts, _ = find_parts(shapes, ema=False)
+    for pattern, words in LOOKS.items():
+        if len(parts) < 2 and any(re.search(pattern, key) for key in shapes):  # a whole system has CLIP's keys too
+            return words
+    if not parts:
+        return f"nothing known: {listing(sorted(shapes))} tensors" if shapes else "an empty file"
+    if "unet" not in parts:
+        return " and ".join(WORDS.get(name, f"a {name}") for name in parts)
+    words = describe_unet({name: shapes[key] for name, key in parts["unet"].names.items()})
+    return f"a checkpoint of {words}" if len(parts) > 1 else f"a UNet of {words}"
+
+
+def describe_unet(shapes: Shapes) -> str:
+    """The published family a UNet's text width belongs to, and what its input holds; either layout."""
+    width = _second(shapes, lambda key: key.endswith("attn2.to_k.weight"))
+    channels = _second(shapes, lambda key: key in ("input_blocks.0.0.weight", "conv_in.weight"))
+    words = FAMILIES.get(width, f"text width {width}")
+    return words + {9: " for inpainting", 8: " for editing", 5: " with depth"}.get(channels, "")
+
+
+def _second(shapes: Shapes, wanted: Callable[[str], bool]) -> int | None:
+    """The second axis of the first tensor that is wanted: channels coming in."""
+    return next((shape[1] for key, shape in shapes.items() if wanted(key) and len(shape) > 1), None)
