@@ -1,6 +1,7 @@
 """One process or many under torchrun: who am I, and how do all ranks come to the same decision in the same step."""
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -71,7 +72,13 @@ class World:
         return outcome[0]
 
     def close(self) -> None:
+        """Leave the group, once gloo's threads have let go of the last tensors.
+
+        They need the interpreter lock for that, which the group's destructor holds while it waits for them (seen with
+        torch 2.6): destroyed in the same instant as its last operation, a group can hang for ever.
+        """
         if self.size > 1:
+            time.sleep(0.2)  # gives the lock away
             dist.destroy_process_group()
 
 
