@@ -83,9 +83,11 @@ def test_the_same_directory_resumes_to_the_same_bits(run, tmp_path, capsys):
 def test_resume_continues_from_elsewhere(run, tmp_path, capsys):
     there = tmp_path / "there"
     command(train, "debug=smoke", f"resume={run}", "trainer.steps=5", "metrics=none", "preview=none",
-            f"hydra.run.dir={there}")  # fmt: skip
+            "data.objects=3", f"hydra.run.dir={there}")  # fmt: skip
     assert f"continuing from {run}" in capsys.readouterr().err
     assert not (there / "autoencoder").exists(), "the codec comes with the checkpoint"
+    old, new = ((d / "checkpoints" / "last" / "tokenizer.json").read_text() for d in (run, there))
+    assert old == new, "so does the vocabulary, whatever words the data has now"
     assert [p.name for p in (there / "checkpoints").glob("step_*")] == ["step_00000005"]
 
 

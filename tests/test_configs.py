@@ -1,6 +1,7 @@
 """Every config composes, names arguments that exist, and adds no key that nothing reads."""
 
 import inspect
+import json
 
 import pytest
 import yaml
@@ -34,6 +35,11 @@ def test_group_files_name_arguments_that_exist(path, baseline):
         accepted = inspect.signature(locate(found["_target_"])).parameters
         unknown = set(found) - set(accepted) - {"_target_", "_partial_"} - WIRED
         assert not unknown, f"{path}: {unknown}"
+
+
+@pytest.mark.parametrize("path", NODES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_setting_can_be_stored_in_a_checkpoint(path):
+    json.dumps(compose("train", [f"{path.parent.name}={path.stem}"]), allow_nan=False)  # no .inf, no .nan
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
