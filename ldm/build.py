@@ -62,8 +62,6 @@ def explain(error: Exception, config_name: str) -> str:
         group, _, name = match.group(1).rpartition("/")
         options = sorted(p.stem for p in Path(config_dir(), group).glob("*.yaml"))
         return f"there is no {group}={name}{nearest(name, options)}; choose from: {', '.join(options)}"
-    if match := re.search(r"[Cc]ould not override '([^']+)'\. No match in the defaults list", text):
-        return f"there is no group '{match.group(1)}'"
     return text
 
 
@@ -114,8 +112,7 @@ def make(node: dict, **interface: Any) -> Any:
     accepted = inspect.signature(target).parameters
     for name, value in node.items():
         if name not in accepted:
-            close = difflib.get_close_matches(name, accepted, 1)
-            hint = f"; did you mean '{close[0]}'?" if close else f"; it takes {', '.join(accepted)}"
+            hint = nearest(name, accepted) or f"; it takes {', '.join(accepted)}"
             raise ConfigError(f"{label} has no argument '{name}'{hint}")
         offered = interface.get(name, value)
         if value not in (None, MISSING, offered):
