@@ -2,17 +2,18 @@
 
 data -> codec -> conditioner -> network -> denoiser -> objective. The data and the codec dictate the interface numbers
 of the network (`???` in its YAML). Every function takes plain dicts; nothing below this page knows a config.
+`networks` are those that are there already, with published weights: "network", "autoencoder", text encoders by name.
 """
 
 import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -26,6 +27,8 @@ if TYPE_CHECKING:  # torch is imported when the first object is built, not when 
     from torch import nn
 
 MISSING = "???"
+Networks = Mapping[str, "nn.Module"]
+NONE: Networks = {}
 
 
 def config_dir() -> Path:
@@ -147,48 +150,69 @@ def build_held_out(node: dict, data: Any) -> Any:
         return data
 
 
-def build_conditioner(node: dict, data: Any = None, tokenizer: str | None = None) -> tuple[Any, dict, dict[str, bytes]]:
+def build_conditioner(
+    node: dict, data: Any = None, tokenizer: str | None = None, networks: Networks = NONE
+) -> tuple[Any, dict, dict[str, bytes]]:
     """Conditioner, its completed node, and the files a checkpoint needs to rebuild it.
 
     The vocabulary and the classes come from the dataset, or, for a checkpoint, from its files and its config.
     """
     from ldm.conditioning.conditioner import Conditioner
-    from ldm.conditioning.tokenizers import Tokenizer
 
     if not node:
         return Conditioner({}), node, {}
     objects, files = {}, {}
     if "tokenizer" in node:
-        train = make({**node["tokenizer"], "_partial_": True})
-        objects["tokenizer"] = Tokenizer.from_json(tokenizer) if tokenizer else train(data.captions())
+        objects["tokenizer"] = build_tokenizer(node["tokenizer"], data, tokenizer)
         files["tokenizer.json"] = objects["tokenizer"].to_json().encode()
     classes = data.class_names if data else None
     nodes = {
         name: fill(encoder, num_classes=len(classes) if classes else MISSING, class_names=classes)
         for name, encoder in node["encoders"].items()
     }
-    encoders = {name: make(encoder, **objects) for name, encoder in nodes.items()}
-    return Conditioner(encoders, dropout=node["dropout"]), {**node, "encoders": nodes}, files
+    encoders = {name: build_encoder(encoder, networks.get(name), objects) for name, encoder in nodes.items()}
+    knobs = {name: node[name] for name in ("dropout", "join") if name in node}
+    return Conditioner(encoders, **knobs), {**node, "encoders": nodes}, files
 
 
-def build_codec(node: dict) -> Any:
+def build_tokenizer(node: dict, data: Any, stored: str | None) -> Any:
+    """Read back by the class that the node's function returns, or made by it: of captions, or of a published file."""
+    if stored:
+        return get_type_hints(locate(node["_target_"]))["return"].from_json(stored)
+    return make(node, captions=data.captions() if data else None)
+
+
+def build_encoder(node: dict, network: "nn.Module | None", objects: dict) -> Any:
+    """Encoder of a completed node; a published one is a rule around a `network` with a node of its own."""
+    if "network" not in node:
+        return make(node, **objects)
+    node = dict(node)
+    inner = node.pop("network")
+    return make(node, network=network or make(inner).requires_grad_(False).eval(), **objects)
+
+
+def build_codec(node: dict, networks: Networks = NONE) -> Any:
     """Codec of a completed node: a pixel codec, or a latent codec whose `autoencoder` is a network node."""
     node = dict(node)
-    objects = {"autoencoder": make(node.pop("autoencoder"))} if "autoencoder" in node else {}
-    return make(node, **objects)
+    if "autoencoder" not in node:
+        return make(node)
+    inner = node.pop("autoencoder")
+    return make(node, autoencoder=networks.get("autoencoder") or make(inner))
 
 
-def build_network(node: dict, codec: Any, conditioner: Any) -> "tuple[nn.Module, dict]":
+def build_network(
+    node: dict, codec: Any, conditioner: Any, image_channels: int = 0, network: "nn.Module | None" = None
+) -> "tuple[nn.Module, dict]":
     """Network and its completed node; a condition that the network has no place for is an error, not ignored."""
     for name in conditioner.dims:
         if name not in node:
             raise ConfigError(f"{node['_target_']} has no '{name}', so it cannot take what this conditioner gives")
-    node = fill(node, in_channels=codec.channels, out_channels=codec.channels, **conditioner.dims)
-    return make({name: None if value == MISSING else value for name, value in node.items()}), node
+    node = fill(node, in_channels=codec.channels + image_channels, out_channels=codec.channels, **conditioner.dims)
+    return network or make({name: None if value == MISSING else value for name, value in node.items()}), node
 
 
 def build_objective(
-    cfg: dict, codec: Any, conditioner: Any, *, training: bool = True
+    cfg: dict, codec: Any, conditioner: Any, networks: Networks = NONE, *, training: bool = True
 ) -> "tuple[nn.Module, nn.Module, dict]":
     """The objective, made of the parts that its constructor asks for by name; the network; the network's node.
 
@@ -197,8 +221,10 @@ def build_objective(
     """
     from ldm.diffusion.denoiser import Denoiser
 
-    wanted = inspect.signature(locate(cfg["objective"]["_target_"])).parameters
-    network, node = build_network(cfg["network"], codec, conditioner)
+    kind = locate(cfg["objective"]["_target_"])
+    wanted = inspect.signature(kind).parameters
+    image_channels = kind.image_channels(codec) if "denoiser" in wanted else 0
+    network, node = build_network(cfg["network"], codec, conditioner, image_channels, networks.get("network"))
     parts: dict[str, Callable[[], Any]] = {
         "autoencoder": lambda: network,
         "denoiser": lambda: Denoiser(network, make(cfg["process"]), make(cfg["prediction"])),
@@ -209,6 +235,7 @@ def build_objective(
     only_training: dict[str, Callable[[], Any]] = {
         "density": lambda: make(cfg["density"]),
         "weighting": lambda: make(cfg["weighting"]),
+        "masks": lambda: make(cfg["masks"]),
         "reconstruction": lambda: make(cfg["reconstruction"]),
         "perceptual": lambda: make(cfg["perceptual"]) if cfg["perceptual"] else None,
     }

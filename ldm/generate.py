@@ -1,8 +1,8 @@
 """Prompts and seeds in, images out: the one path by which previews, evaluation, `sample.py` and notebooks sample."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +12,104 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.build import build_codec, build_conditioner, build_objective, compose, make
+from ldm.diffusion import guidance
+from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.objective import DiffusionObjective
+from ldm.diffusion.times import WholeIndices
 from ldm.models.codec import LatentCodec
-from ldm.samplers.edit import image_to_image, inpaint
+from ldm.samplers.edit import STARTS, keeping, noised
 from ldm.training.checkpoint import find, load_config, load_files, load_weights
 from ldm.utils.errors import ConfigError, DataError
-from ldm.utils.seeding import Noise
+from ldm.utils.seeding import Noise, TorchNoise
 
 SCALE_IMAGES = 1024  # on which the scale of latents is measured
 
 
 @dataclass
+class Dialect:
+    """What one reference program does differently from the others around the same sampler; configs/dialect."""
+
+    noise: str = "keyed"  # by seed and purpose; torch: one torch.Generator(seed) on the CPU for each image, as others
+    posterior: str = "mode"  # latents of a given picture: mode, sample
+    start: str = "diffusers"  # of image to image: how many steps above the first one it is noised (samplers/edit.py)
+    known: str = "fresh"  # noise of what a mask keeps, at each step: fresh, first
+    empty: str = "system"  # without a negative prompt: as the system was trained; encode: always the encoded ""
+    initial: Mapping[str, str] = field(default_factory=dict)  # of a grid, else a sampler: scale of the first noise
+    final: Mapping[str, str] = field(default_factory=dict)  # of a sampler: where grids end whose `final` is left open
+    whole_indices: Sequence[str] = ()  # samplers that show the network whole indices of its table
+
+    def __post_init__(self):
+        choices = {"noise": ("keyed", "torch"), "posterior": ("mode", "sample"), "start": tuple(STARTS),
+                   "known": ("fresh", "first"), "empty": ("system", "encode")}  # fmt: skip
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"dialect.{name}={getattr(self, name)}: expected one of {', '.join(known)}")
+        if odd := set(self.initial.values()) - {"prior", "sigma"}:
+            raise ConfigError(f"dialect.initial has {', '.join(sorted(odd))}: expected prior or sigma")
+
+    def streams(self, seeds: Sequence[int]) -> Callable[[str], Noise]:
+        """purpose -> noise of these images; torch's generators know no purposes, only an order."""
+        shared = TorchNoise(seeds) if self.noise == "torch" else None
+        return lambda purpose: shared or Noise(seeds, purpose)
+
+
+@dataclass
 class Sampling:
-    """How to sample: the four choices that no checkpoint fixes."""
+    """How to sample: the choices that no checkpoint fixes."""
 
     sampler: Callable  # sample(denoise, process, x_T, times, *, generator, callback)
     times: Callable  # times(process) -> descending grid
     guidance: Callable  # guidance(denoiser, cond, null) -> denoise
     threshold: Callable | None = None  # threshold(denoise) -> denoise
+    dialect: Dialect = field(default_factory=Dialect)
+    initial: str = "prior"  # scale of the first noise: prior, sqrt(alpha^2 + sigma^2); sigma
+    whole_indices: bool = False  # the network is shown whole indices of its table
 
     @classmethod
     def from_config(cls, cfg: dict) -> "Sampling":
-        """The `sampler`, `times`, `guidance` and `threshold` nodes of a config."""
-        return cls(*(make(cfg[name]) if cfg[name] else None for name in ("sampler", "times", "guidance", "threshold")))
+        """The `sampler`, `times`, `guidance`, `threshold` and `dialect` nodes of a config."""
+        dialect = make(cfg["dialect"]) if cfg.get("dialect") else Dialect()
+        sampler, grid = cfg["sampler"]["_target_"].split(".")[-2], cfg["times"]["_target_"].split(".")[-1]
+        times = dict(cfg["times"])
+        if "final" in times and times["final"] is None:
+            times["final"] = dialect.final.get(sampler)
+        return cls(
+            make(cfg["sampler"]),
+            make(times),
+            make(cfg["guidance"]),
+            make(cfg["threshold"]) if cfg["threshold"] else None,
+            dialect,
+            dialect.initial.get(grid, dialect.initial.get(sampler, "prior")),
+            sampler in dialect.whole_indices,
+        )
+
+    def denoiser(self, objective: DiffusionObjective) -> Denoiser:
+        """That of the objective, or the same network shown whole indices."""
+        given = objective.denoiser
+        if not self.whole_indices or given.process.num_steps is None:
+            return given
+        return Denoiser(given.net, WholeIndices(given.process), given.prediction, given.dtype)
 
 
 @dataclass
 class Edit:
-    """A picture to start from: repainted as a whole to some strength (SDEdit), or only where the mask is 1."""
+    """A picture to start from: changed as a whole (SDEdit), or repainted where the mask is 1."""
 
     image: Tensor  # 3 H W uint8
-    strength: float = 0.6
+    strength: float | None = None  # 0 keeps the picture, 1 forgets it; None: 0.6, or 1 with a mask
     mask: Tensor | None = None  # 1 H W, 0 or 1
+
+    def __post_init__(self):
+        if self.strength is None:
+            self.strength = 0.6 if self.mask is None else 1.0
+
+
+@dataclass
+class Refiner:
+    """The expert for the cleaner part of the schedule: the base draws until `handover` of it is done."""
+
+    objective: nn.Module
+    handover: float = 0.8
 
 
 @torch.no_grad()
@@ -56,6 +122,7 @@ def generate(
     image_size: int | Sequence[int],  # pixels: a side, or height and width
     negative: str | None = None,
     edit: Edit | None = None,
+    refiner: Refiner | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Tensor:
@@ -69,45 +136,83 @@ def generate(
         raise ConfigError(f"batch_size={batch_size}: expected at least 1")
     if len(prompts) != len(seeds):
         raise DataError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     times = sampling.times(objective.denoiser.process)
     starts = range(0, len(prompts), batch_size)
     bar = tqdm(total=len(starts) * (len(times) - 1), desc="sampling", unit="step", disable=None if progress else True)
     images = []
     for start in starts:
         part = slice(start, start + batch_size)
-        denoise = guided(objective, prompts[part], sampling, negative)
-        x = _sample(objective, denoise, seeds[part], sampling, times, image_size, edit, lambda *_: bar.update())
-        images.append(objective.codec.decode(x).cpu())
+        task = Task(list(prompts[part]), negative, size, sampling, times, sampling.dialect.streams(seeds[part]), edit)
+        images.append(task.draw(objective, refiner, lambda *_: bar.update()).cpu())
     bar.close()
     return torch.cat(images)
 
 
-def guided(objective: nn.Module, prompts: Sequence[str], sampling: Sampling, negative: str | None) -> Callable:
-    """denoise(x, t) -> x0 with prompts, guidance and threshold inside."""
-    conditioner, n = objective.conditioner, len(prompts)
-    cond = conditioner({field: list(prompts) for field in conditioner.fields})
-    null = conditioner({field: [negative] * n for field in conditioner.fields}) if negative else conditioner.null(n)
-    denoise = sampling.guidance(objective.denoiser, cond, null)
-    if sampling.threshold and not objective.codec.bounded:
-        raise ConfigError("threshold clips x0 to [-1, 1], the range of pixels, not of latents; use threshold=none")
-    return sampling.threshold(denoise) if sampling.threshold else denoise
+@dataclass
+class Task:
+    """One batch of `generate`. The order in which noise is drawn is that of diffusers."""
 
+    prompts: list[str]
+    negative: str | None
+    size: tuple[int, int]  # height, width in pixels
+    sampling: Sampling
+    times: Tensor
+    noise: Callable[[str], Noise]  # by purpose
+    edit: Edit | None
 
-def _sample(objective, denoise, seeds, sampling, times, image_size, edit, callback) -> Tensor:
-    codec, process = objective.codec, objective.denoiser.process
-    device = next(objective.denoiser.parameters()).device
-    how = {"generator": Noise(seeds, "sampler"), "callback": callback}
-    if edit and edit.mask is None:
-        image = codec.encode(edit.image[None].to(device)).expand(len(seeds), -1, -1, -1)
-        return image_to_image(sampling.sampler, denoise, process, image, times, strength=edit.strength, **how)
-    eps = Noise(seeds, "x_T")(torch.empty(len(seeds), *latent_shape(codec, image_size), device=device))  # B C H W
-    # The prior: unit variance on variance-preserving paths, sqrt(sigma_max^2 + 1) on variance-exploding ones.
-    x_T = eps * math.hypot(*process(float(times[0])))
-    if edit is None:
-        return sampling.sampler(denoise, process, x_T, times, **how)
-    image = codec.encode(edit.image[None].to(device))
-    mask = F.interpolate(edit.mask[None].to(image), image.shape[2:], mode="area").ceil()  # all that it touches
-    return inpaint(sampling.sampler, denoise, process, x_T, times, image=image, mask=mask, **how)
+    def draw(self, objective: DiffusionObjective, refiner: Refiner | None, callback: Callable) -> Tensor:
+        """uint8 images B 3 H W."""
+        codec, process, edit, dialect = objective.codec, objective.denoiser.process, self.edit, self.sampling.dialect
+        device = next(objective.denoiser.parameters()).device
+        shape = len(self.prompts), *latent_shape(codec, self.size)
+        posterior = self.noise("posterior") if dialect.posterior == "sample" else None
+        pictures, masks_itself = self._pictures(device), objective.image_channels(codec) > 0
+        from_image = edit and (edit.mask is None or edit.strength < 1 or not masks_itself)
+        image = codec.encode(pictures["image"], posterior).expand(shape) if from_image else None  # B C H W
+        if edit and edit.strength == 0:
+            return codec.decode(image)
+        eps, times = self.noise("x_T")(torch.empty(shape, device=device)), self.times
+        if edit and (edit.mask is None or edit.strength < 1):
+            x, times = noised(process, image, eps, times, strength=edit.strength, start=dialect.start)
+        else:
+            alpha, sigma = process(float(times[0]))
+            x = eps * (math.hypot(alpha, sigma) if self.sampling.initial == "prior" else sigma)
+        extra = objective.image_conditions(pictures, shape, posterior)
+        denoise = self._denoise(objective, extra, refiner)
+        if edit and edit.mask is not None and not masks_itself:
+            mask = F.interpolate(pictures["mask"], shape[2:], mode="nearest")
+            noise = self.noise("known") if dialect.known == "fresh" else lambda _: eps
+            callback = keeping(process, image, mask, times, noise, callback)
+        generator = self.noise("sampler")
+        return codec.decode(self.sampling.sampler(denoise, process, x, times, generator=generator, callback=callback))
+
+    def _pictures(self, device: torch.device) -> dict[str, Tensor]:
+        """The picture and the mask, C H W each: one of them, or as many as there are posteriors to draw from."""
+        given = {"image": self.edit.image, "mask": self.edit.mask} if self.edit else {}
+        count = len(self.prompts) if self.sampling.dialect.posterior == "sample" else 1
+        return {name: p.expand(count, -1, -1, -1).to(device) for name, p in given.items() if p is not None}
+
+    def _denoise(self, objective: DiffusionObjective, pictures: dict, refiner: Refiner | None) -> Callable:
+        """denoise(x, t) -> x0 with prompts, guidance, refiner and threshold inside."""
+        sampling = self.sampling
+        if sampling.threshold and not objective.codec.bounded:
+            raise ConfigError("threshold clips x0 to [-1, 1], the range of pixels, not of latents; use threshold=none")
+        denoise = self._guided(objective, pictures)
+        if refiner:
+            denoise = guidance.experts(denoise, self._guided(refiner.objective, {}), switch=1 - refiner.handover)
+        return sampling.threshold(denoise) if sampling.threshold else denoise
+
+    def _guided(self, objective: DiffusionObjective, pictures: dict) -> Callable:
+        conditioner, count = objective.conditioner, len(self.prompts)
+        height, width = self.size
+        texts = conditioner.fields & {"caption", "label"}
+        batch = {name: self.prompts for name in texts}
+        batch["size"] = [(height, width, 0, 0, height, width)] * count  # not cropped: what SDXL draws best
+        encoded = self.negative is not None or self.sampling.dialect.empty == "encode"
+        instead = {name: [self.negative or ""] * count for name in texts} if encoded else {}
+        cond, null = conditioner.pair(batch, **instead)
+        return self.sampling.guidance(self.sampling.denoiser(objective), cond | pictures, null | pictures)
 
 
 def latent_shape(codec: Any, image_size: int | Sequence[int]) -> tuple[int, int, int]:
@@ -134,13 +239,15 @@ class Run:
         guidance: float = 5.0,
         times: str = "trailing",
         threshold: str = "none",
+        dialect: str = "native",
         negative: str | None = None,
+        image_size: int | Sequence[int] | None = None,  # None: what it was trained at
         batch_size: int = 64,
     ) -> list:
         """PIL images, every prompt with every seed: prompt 0 with each seed first, then prompt 1, ..."""
         from PIL import Image
 
-        groups = [f"sampler={sampler}", f"times={times}", f"threshold={threshold}"]
+        groups = [f"sampler={sampler}", f"times={times}", f"threshold={threshold}", f"dialect={dialect}"]
         cfg = compose("sample", [*groups, f"steps={steps}", f"guidance.scale={guidance}"])
         pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
         images = generate(
@@ -148,7 +255,7 @@ class Run:
             [prompt for prompt, _ in pairs],
             [seed for _, seed in pairs],
             Sampling.from_config(cfg),
-            image_size=self.config["image_size"],
+            image_size=image_size or self.config["image_size"],
             negative=negative,
             batch_size=batch_size,
         )

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ldm.conditioning import tokenizers
-from ldm.conditioning.conditioner import Conditioner
+from ldm.conditioning.conditioner import Conditioner, Encoder
 from ldm.conditioning.labels import ClassLabels
+from ldm.conditioning.sizes import AestheticScore, Sizes
 from ldm.conditioning.text_transformer import TextTransformer
 from ldm.conditioning.tokenizers import Tokenizer, train_bpe, train_words
 from ldm.utils.errors import CheckpointError, ConfigError, DataError
@@ -196,7 +197,7 @@ def test_class_names_must_fit():
 # ------------------------------------------------------------------------------------------------------ conditioner
 
 
-class Echo(nn.Module):
+class Echo(Encoder):
     """Gives back the numbers it is given, so that a test sees what was dropped."""
 
     null, dims = -1, {}
@@ -227,7 +228,7 @@ def test_without_a_key_nothing_is_dropped_and_with_one_the_draw_is_fixed(words):
 def test_dropped_inputs_equal_null(words):
     conditioner = Conditioner({"text": text_encoder(words, pooled=True), "labels": ClassLabels(5)}, dropout=1.0)
     dropped = conditioner(batch(3, caption=CAPTIONS[:3], label=torch.tensor([0, 1, 2])), key=0)
-    null = conditioner.null(3)
+    _, null = conditioner.pair({"caption": CAPTIONS[:3], "label": [0, 1, 2]})
     assert all(dropped[name].equal(null[name]) for name in null) and dropped.keys() == null.keys()
     assert null["labels"].tolist() == [5] * 3 and null["context_mask"].any(1).all()
 
@@ -255,8 +256,25 @@ def test_dropout_by_name_leaves_the_others():
 
 def test_empty_conditioner_is_unconditional():
     conditioner = Conditioner({})
-    assert conditioner({"image": None}) == conditioner({}, key=1) == conditioner.null(4) == {}
+    assert conditioner({"image": None}) == conditioner({}, key=1) == {} and conditioner.pair({}) == ({}, {})
     assert conditioner.dims == {} and conditioner.fields == set()
+
+
+def test_a_pair_is_the_conditions_with_and_without():
+    conditioner = two_echoes(0.5)
+    cond, null = conditioner.pair({"x": [1, 2], "y": [3, 4]})
+    assert cond["out_a"].tolist() == [1, 2] and null["out_a"].tolist() == null["out_b"].tolist() == [-1, -1]
+    _, null = conditioner.pair({"x": [1, 2], "y": [3, 4]}, x=[7, 8])
+    assert null["out_a"].tolist() == [7, 8] and null["out_b"].tolist() == [-1, -1]
+
+
+def test_joined_conditions_lie_side_by_side_and_a_default_stands_in_for_a_field():
+    conditioner = Conditioner({"size": Sizes(4), "score": AestheticScore(6.0, 2.5)}, dropout=0, join=["size"])
+    cond, null = conditioner.pair({"size": torch.tensor([[512, 640, 0, 64, 512, 512]])})
+    assert conditioner.dims == {"num_sizes": 5}
+    assert cond["size"].tolist() == [[512, 640, 0, 64, 6.0]] and null["size"].tolist() == [[512, 640, 0, 64, 2.5]]
+    with pytest.raises(ConfigError, match="what can be joined is context, pooled, size"):
+        Conditioner({}, join=["labels"])
 
 
 def test_conditioner_says_what_is_wrong(words):
@@ -274,5 +292,5 @@ def test_conditioner_says_what_is_wrong(words):
 
 def test_conditions_are_made_where_the_conditioner_lives(words):
     conditioner = Conditioner({"text": text_encoder(words), "labels": ClassLabels(5)}).to("meta")
-    assert {tensor.device.type for tensor in conditioner.null(2).values()} == {"meta"}
+    assert {tensor.device.type for tensor in conditioner({"caption": [""], "label": [0]}).values()} == {"meta"}
     assert not any("_device" in name for name in conditioner.state_dict())

@@ -11,8 +11,9 @@ from ldm.utils.errors import ConfigError
 
 CONFIGS = config_dir()
 GROUPS = sorted(p.name for p in CONFIGS.iterdir() if p.is_dir())
-ROOTLESS = {"experiment", "debug"}
+ROOTLESS = {"experiment", "debug", "system"}
 NODES = sorted(p for p in CONFIGS.glob("*/*.yaml") if p.parent.name not in ROOTLESS)
+SYSTEMS = sorted(p.stem for p in (CONFIGS / "system").glob("*.yaml") if p.stem != "none")
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
 WIRED = {"run", "experiment", "overrides", "autoencoder"}  # keys the wiring takes out of a node before building it
 
@@ -29,7 +30,7 @@ def baseline():
 @pytest.mark.parametrize("path", NODES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_group_files_name_arguments_that_exist(path, baseline):
     group = path.parent.name
-    node = compose("train", [f"{group}={path.stem}"])[group]
+    node = compose(root_of(group), [f"{group}={path.stem}"])[group]
     targets = [node] if "_target_" in node else [n for n in node.values() if isinstance(n, dict) and "_target_" in n]
     for found in targets:
         accepted = inspect.signature(locate(found["_target_"])).parameters
@@ -39,7 +40,8 @@ def test_group_files_name_arguments_that_exist(path, baseline):
 
 @pytest.mark.parametrize("path", NODES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_setting_can_be_stored_in_a_checkpoint(path):
-    json.dumps(compose("train", [f"{path.parent.name}={path.stem}"]), allow_nan=False)  # no .inf, no .nan
+    group = path.parent.name
+    json.dumps(compose(root_of(group), [f"{group}={path.stem}"]), allow_nan=False)  # no .inf, no .nan
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -51,6 +53,14 @@ def test_experiments_add_no_unknown_key(name, baseline):
         if isinstance(node, dict) and "_target_" in node:
             unknown = set(node) - set(inspect.signature(locate(node["_target_"])).parameters)
             assert unknown <= {"_target_", "_partial_"} | WIRED, f"{name}: {group} has {unknown}"
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_systems_name_themselves_their_files_and_how_they_are_drawn_from(name, baseline):
+    cfg = compose("train", [f"system={name}"])
+    assert set(cfg) == set(baseline) and cfg["system"] == name
+    assert "# Files: " in (CONFIGS / "system" / f"{name}.yaml").read_text()
+    assert compose("sample", cfg["sampling"])["guidance"]["scale"] >= 5
 
 
 @pytest.mark.parametrize("name", [n for n in EXPERIMENTS if n != "none"])

@@ -29,6 +29,13 @@ class NoConditions(nn.Module):
         return {}
 
 
+class GivenLatents(PixelCodec):
+    """Moments are latents."""
+
+    def draw(self, moments, generator=None):
+        return moments
+
+
 class NoisyCodec(nn.Module):
     """A codec with a posterior to draw from."""
 
@@ -92,10 +99,10 @@ def test_offset_noise_shifts_whole_channels():
     assert difference.std((2, 3)).max() < 1e-6 and difference.mean((2, 3)).std() == pytest.approx(0.5, rel=0.5)
 
 
-def test_latents_bypass_the_codec_and_a_variance_half_is_ignored():
-    latent = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    o = objective(out=6)
-    loss, _ = o({"latent": latent, "position": torch.arange(4)})
+def test_stored_moments_need_no_image_and_a_variance_half_is_ignored():
+    moments = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    o = objective(out=6, codec=GivenLatents())
+    loss, _ = o({"moments": moments, "position": torch.arange(4)})
     loss.backward()
     assert o.denoiser.net.conv.weight.grad[:3].abs().sum() > 0 and o.denoiser.net.conv.weight.grad[3:].abs().sum() == 0
 
@@ -130,12 +137,12 @@ def test_a_linear_network_learns_the_gaussian_posterior():
         return torch.full_like(u, 0.5)
 
     p = process.VPCosine()
-    o = DiffusionObjective(Denoiser(Gain(), p, prediction.V()), PixelCodec(), NoConditions(), at_half, weighting.unit)
+    o = DiffusionObjective(Denoiser(Gain(), p, prediction.V()), GivenLatents(), NoConditions(), at_half, weighting.unit)
     optimizer = torch.optim.SGD(o.parameters(), lr=0.1)
     for step in range(60):
         position = torch.arange(16) + 16 * step
         latent = 0.5 * torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(step))
-        o({"latent": latent, "position": position})[0].backward()
+        o({"moments": latent, "position": position})[0].backward()
         optimizer.step()
         optimizer.zero_grad()
     alpha, sigma = p(0.5)

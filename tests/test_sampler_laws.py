@@ -8,14 +8,15 @@ import torch
 from ldm.build import make
 from ldm.diffusion import process, times
 from ldm.diffusion.denoiser import GaussianDenoiser
-from ldm.samplers import ddim, ddpm, dpm_solver, edit, euler, heun
+from ldm.samplers import ddim, ddpm, dpm_solver, edit, euler, heun, plms, unipc
 from ldm.utils.errors import ConfigError
 from ldm.utils.seeding import Noise
 from tests.group_files import group, load
 from tests.test_process import PROCESSES
 
 SAMPLERS = {path.stem: load(path) for path in group("sampler")}
-DETERMINISTIC = {"ddim": (ddim, 1), "euler": (euler, 1), "heun": (heun, 2), "dpm_solver": (dpm_solver, 2)}
+DETERMINISTIC = {"ddim": (ddim, 1), "euler": (euler, 1), "heun": (heun, 2), "dpm_solver": (dpm_solver, 2),
+                 "plms": (plms, 2)}  # 2 where steps grow evenly: its weights are those of equal ones
 every_process = pytest.mark.parametrize("p", PROCESSES.values(), ids=PROCESSES)
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 SD = process.scaled_linear()
@@ -39,6 +40,12 @@ def with_variance(denoise, v=0.3):
     return both
 
 
+def path_of(sample, *arguments, **knobs):
+    path = []
+    sample(*arguments, callback=lambda step, steps, x, x0: path.append(x.clone()), **knobs)
+    return path
+
+
 def run(name, p, x_T, grid, **knobs):
     return make(SAMPLERS[name])(with_variance(GaussianDenoiser(p)), p, x_T, grid, **knobs)
 
@@ -59,6 +66,30 @@ def test_order_of_convergence_on_the_gaussian(p, name):
         errors.append((sampler.sample(judge, p, x, grid) - judge.solve(x, start, end)).abs().item())
     for coarse, fine in zip(errors, errors[1:], strict=False):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("p", [SD, PROCESSES["flow_shift"]], ids=lambda p: type(p).__name__)
+def test_unipc_is_one_order_better_than_its_predictor(p, order):
+    """§3 of arXiv:2302.04867; seen before the last steps, in which the order falls back to first."""
+    judge, errors = GaussianDenoiser(p, mean=0.2, std=0.5), []
+    for steps in (64, 128, 256):
+        grid = times.logsnr(p, steps, sigma_min=0.03, sigma_max=14.0)[:-1]
+        x, start, end = one() * p(grid[0].item())[1], grid[0].item(), grid[-order].item()
+        errors.append((path_of(unipc.sample, judge, p, x, grid, order=order)[-order] - judge.solve(x, start, end)).abs())
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert math.log2(coarse / fine) == pytest.approx(order + 1, abs=0.1)
+
+
+def test_plms_evaluates_once_more_than_it_steps():
+    shown, judge = [], GaussianDenoiser(SD)
+    plms.sample(lambda x, t: shown.append(round(1000 * t - 1)) or judge(x, t), SD, images(), times.leading(SD, 50))
+    assert shown == [981, 961, 961, *range(941, 0, -20)] and len(shown) == 51
+
+
+def test_unipc_is_written_for_three_orders():
+    with pytest.raises(ConfigError, match="order=4"):
+        unipc.sample(GaussianDenoiser(SD), SD, images(), times.trailing(SD, 5), order=4)
 
 
 # --- golden values: data N(0, 1/4), ten steps, unit noise unless it is scaled to the grid's first sigma --------------
@@ -123,7 +154,8 @@ def test_identities(p):
     same(ddim.sample(judge, p, x, grid, eta=0.3, generator=noise()),
          euler.sample_ancestral(judge, p, x, grid, eta=0.3, generator=noise()))
     first = grid[:2]
-    same(ddim.sample(judge, p, x, first), dpm_solver.sample(judge, p, x, first))
+    for multistep in (dpm_solver, plms, unipc):
+        same(ddim.sample(judge, p, x, first), multistep.sample(judge, p, x, first))
 
 
 def test_learned_variance_lies_between_the_fixed_ones():
@@ -217,42 +249,30 @@ def test_churn_raises_the_noise_and_keeps_within_the_process():
 # --- editing -------------------------------------------------------------------------------------------------------
 
 
-def start_of(grid, strength, start="diffusers"):
-    """What image_to_image hands to the sampler."""
-    seen = {}
-
-    def sample(denoise, process, x, times, *, generator, callback):
-        seen.update(x=x, times=times)
-        return x
-
-    edit.image_to_image(sample, None, SD, images(), grid, strength=strength, start=start, generator=Noise([1, 2, 3]))
-    return seen["x"], seen["times"]
-
-
-def test_image_to_image_starts_where_the_reference_programs_do():
-    grid, noise = times.leading(SD, 10), Noise([1, 2, 3])(images())
-    diffusers = [(0.5, "diffusers", 5, 5), (0.75, "diffusers", 3, 7), (1.0, "diffusers", 0, 10)]
-    compvis = [(0.5, "compvis", 4, 5), (0.9, "compvis", 0, 9)]
-    for strength, start, noised_at, kept in diffusers + compvis:
-        x, found = start_of(grid, strength, start)
+@pytest.mark.parametrize("start,cases", {
+    "diffusers": [(0.5, 5, 5), (0.75, 3, 7), (1.0, 0, 10)],
+    "compvis": [(0.5, 4, 5), (0.9, 0, 9)],
+    "sgm": [(0.5, 6, 4), (0.75, 3, 7), (1.0, 0, 10)],
+}.items())  # fmt: skip
+def test_image_to_image_starts_where_the_reference_programs_do(start, cases):
+    grid, eps = times.leading(SD, 10), Noise([1, 2, 3])(images())
+    for strength, noised_at, kept in cases:
+        x, found = edit.noised(SD, images(), eps, grid, strength=strength, start=start)
         alpha, sigma = SD(grid[noised_at].item())
-        torch.testing.assert_close(x, alpha * images() + sigma * noise)
+        torch.testing.assert_close(x, alpha * images() + sigma * eps)
         assert torch.equal(found, grid[10 - kept :])
 
 
 def test_limits_of_strength():
-    grid, judge = times.trailing(SD, 10), GaussianDenoiser(SD)
-    same_image = edit.image_to_image(ddim.sample, judge, SD, images(), grid, strength=0.0)
-    assert torch.equal(same_image, images())
+    grid, eps, judge = times.trailing(SD, 10), Noise([1, 2, 3])(images()), GaussianDenoiser(SD)
     with pytest.raises(ConfigError, match="less than one step"):
-        edit.image_to_image(ddim.sample, judge, SD, images(), grid, strength=0.05)
-    far = [edit.image_to_image(ddim.sample, judge, SD, images(), grid, strength=s, generator=Noise([1, 2, 3]))
-           for s in (0.2, 0.6, 1.0)]
-    distances = [(x - images()).norm().item() for x in far]
+        edit.noised(SD, images(), eps, grid, strength=0.05)
+    starts = [edit.noised(SD, images(), eps, grid, strength=strength) for strength in (0.2, 0.6, 1.0)]
+    distances = [(ddim.sample(judge, SD, *start) - images()).norm().item() for start in starts]
     assert distances == sorted(distances)
-    for bad in (dict(strength=1.5), dict(strength=1.0, start="compvis"), dict(start="other")):
+    for bad in (dict(strength=0.0), dict(strength=1.5), dict(strength=1.0, start="compvis"), dict(start="other")):
         with pytest.raises(ConfigError):
-            edit.image_to_image(ddim.sample, judge, SD, images(), grid, **bad)
+            edit.noised(SD, images(), eps, grid, **bad)
 
 
 @every_sampler
@@ -260,8 +280,9 @@ def test_limits_of_strength():
 def test_inpainting_keeps_the_known_region_exactly(name, final):
     image, mask = images(), torch.zeros(3, 1, 4, 4, dtype=torch.float64)
     mask[..., 2:] = 1
-    x = edit.inpaint(make(SAMPLERS[name]), with_variance(GaussianDenoiser(SD)), SD, images().flip(0),
-                     times.trailing(SD, 6, final=final), image=image, mask=mask, generator=Noise([1, 2, 3]))
+    grid = times.trailing(SD, 6, final=final)
+    keep = edit.keeping(SD, image, mask, grid, Noise([4, 5, 6]))
+    x = run(name, SD, images().flip(0), grid, generator=Noise([1, 2, 3]), callback=keep)
     assert torch.equal(x[..., :2], image[..., :2]) and x.isfinite().all()
     assert not torch.equal(x[..., 2:], image[..., 2:])
 
@@ -276,8 +297,9 @@ def test_inpainting_completes_what_it_is_shown():
 
     image = torch.full((1, 1, 1, 2), 0.8, dtype=torch.float64)
     mask = torch.tensor([0.0, 1.0]).double().view(1, 1, 1, 2)
-    x = edit.inpaint(ddpm.sample, denoise, SD, torch.zeros_like(image) - 1, times.trailing(SD, 500),
-                     image=image, mask=mask, generator=Noise([1]))
+    grid = times.trailing(SD, 500)
+    keep = edit.keeping(SD, image, mask, grid, Noise([1], "known"))
+    x = ddpm.sample(denoise, SD, torch.zeros_like(image) - 1, grid, generator=Noise([1]), callback=keep)
     assert x[..., 1].item() == pytest.approx(0.8, abs=0.1)
 
 

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ldm.conditioning.conditioner import Encoder
 from ldm.utils.errors import ConfigError, DataError
 
 
-class ClassLabels(nn.Module):
+class ClassLabels(Encoder):
     """Class ids, or their names where `class_names` are known, -> labels (B,) int64 in 0..num_classes.
 
     Raises DataError for a label that is no class; "" is the null class, as it is the null caption.

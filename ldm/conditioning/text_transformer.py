@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.conditioning.conditioner import Encoder
 from ldm.conditioning.tokenizers import Tokenizer
 from ldm.nn.attention import SelfAttention
 from ldm.nn.feedforward import MLP
@@ -33,7 +34,7 @@ class Block(nn.Module):
         return z + self.mlp(self.norm2(z))
 
 
-class TextTransformer(nn.Module):
+class TextTransformer(Encoder):
     """Captions -> context (B L D) and context_mask (B L bool); with `pooled`, also their masked mean, pooled (B D).
 
     The empty caption is BOS EOS and so a valid context. Raises ConfigError when head_dim does not divide the width or

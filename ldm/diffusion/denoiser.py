@@ -15,9 +15,11 @@ class Denoiser(nn.Module):
     net(x, t_net, **cond) gets x (B C H W) and the process' own time t_net (B,) float32; it answers with C channels, or
     with 2C of which the second half is the variance v of arXiv:2102.09672. Raises ConfigError for a prediction that
     says nothing about x0 on a process that ends in pure noise.
+
+    dtype: that of weights in half precision, for which x is cast; None leaves it to autocast.
     """
 
-    def __init__(self, net: nn.Module, process: Process, prediction: Prediction):
+    def __init__(self, net: nn.Module, process: Process, prediction: Prediction, dtype: torch.dtype | None = None):
         super().__init__()
         if prediction.needs_signal and process(1.0)[0] == 0:
             raise ConfigError(
@@ -27,6 +29,7 @@ class Denoiser(nn.Module):
         self.net = net
         self.process = process
         self.prediction = prediction
+        self.dtype = dtype
         self._known: dict[tuple, tuple] = {}
 
     def forward(
@@ -51,7 +54,8 @@ class Denoiser(nn.Module):
         self, x_t: Tensor, t_net: Tensor, alpha: float | Tensor, sigma: float | Tensor, cond: dict
     ) -> tuple[Tensor, Tensor | None]:
         """The raw network output F (B C H W), and v where there is one."""
-        F = self.net(self.prediction.net_input(x_t, alpha, sigma), t_net, **cond)
+        x = self.prediction.net_input(x_t, alpha, sigma)
+        F = self.net(x, t_net, **cond) if self.dtype is None else self.net(x.to(self.dtype), t_net, **cond).to(x.dtype)
         channels = x_t.size(1)
         if F.size(1) == channels:
             return F, None

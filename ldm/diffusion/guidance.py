@@ -60,6 +60,18 @@ def cfg(
     return denoise
 
 
+def experts(noisy: Denoise, clean: Denoise, *, switch: float) -> Denoise:
+    """One denoiser above the time `switch`, another from there down: the ensemble of experts of arXiv:2211.01324.
+
+    They see one trajectory on one grid: nothing is noised again in between (arXiv:2307.01952, §2.5).
+    """
+
+    def denoise(x, t, *, variance=False):
+        return (noisy if t > switch + 1e-9 else clean)(x, t, variance=variance)
+
+    return denoise
+
+
 def _rescale(denoiser: Denoiser, x0: Tensor, x0_cond: Tensor, x: Tensor, t: float, amount: float) -> Tensor:
     """§3.4, arXiv:2305.08891, on the network's output F as published: on x0 it would not be the same."""
     c_skip, c_out = denoiser.prediction.coefficients(*denoiser.process(t))

@@ -1,13 +1,12 @@
 """The training objective of every diffusion model here: a weighted squared error of what the network predicts."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.utils.seeding import BatchNoise, keys, normal, uniform
+from ldm.utils.seeding import BatchNoise, Noise, keys, normal, uniform
 from ldm.utils.tensors import pad_dims
 
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -16,8 +15,8 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 class DiffusionObjective(nn.Module):
     """objective(batch) -> (loss, logs): Algorithm 1 of arXiv:2006.11239 for any process, prediction and weight.
 
-    batch: "image" (B 3 H W uint8) for the codec, or "latent" (B C H W, scaled as the codec scales); "position" (B,)
-    int64, the key of every draw; and what the conditioner's encoders read. logs are detached scalars.
+    batch: "image" (B 3 H W uint8) for the codec, or "moments" (B 2C H W) that it made of one; "position" (B,) int64,
+    the key of every draw; and what the conditioner's encoders read. logs are detached scalars.
     offset_noise adds one more normal number per image and channel to eps (0.05 in arXiv:2307.01952).
     """
 
@@ -55,16 +54,26 @@ class DiffusionObjective(nn.Module):
         eps = self.noise(x0, position)
         x_t = alpha * x0 + sigma * eps  # Eq. (4), arXiv:2006.11239
         cond = self.conditioner(batch, key=self.seed)
+        cond |= self.image_conditions(batch, x0.shape, BatchNoise(self.seed, "condition", position))
         F, _ = self.denoiser.predict(x_t, process.net_time(t).float(), alpha, sigma, cond)
         error = (F.float() - prediction.target(x0, eps, alpha, sigma)).square().flatten(1).mean(1)  # B
         loss = (self.weighting(snr, gain) * error).mean()
         return loss, {"loss": loss.detach(), "mse": error.detach().mean()}
 
     def latents(self, batch: dict) -> Tensor:
-        if "latent" in batch:
-            return batch["latent"]
-        with torch.no_grad():
-            return self.codec.encode(batch["image"], generator=BatchNoise(self.seed, "posterior", batch["position"]))
+        noise = BatchNoise(self.seed, "posterior", batch["position"])
+        if "moments" in batch:
+            return self.codec.draw(batch["moments"], noise)
+        return self.codec.encode(batch["image"], noise)
+
+    def image_conditions(self, batch: dict, shape: Sequence[int], generator: Noise) -> dict[str, Tensor]:
+        """Conditions made of pictures, for x of this shape (B C H W); guidance never takes them away."""
+        return {}
+
+    @staticmethod
+    def image_channels(codec: nn.Module) -> int:
+        """Channels of the condition `image`, which the network gets concatenated to x."""
+        return 0
 
     def draws(self, position: Tensor) -> Tensor:
         """u in [0, 1) per image: independent, or stratified: any images in a row spread evenly over [0, 1).

@@ -1,7 +1,7 @@
 """Where in time: grids for samplers, and draws for training.
 
-A grid is `grid(process, steps, ...) -> times`: steps + 1 falling float64 numbers on the CPU, the last of which is 0,
-or 1/T for `final="alpha0"` (the table's own first entry; diffusers' `set_alpha_to_one=False`).
+A grid is `grid(process, steps, ...) -> times`: steps + 1 falling float64 numbers on the CPU, the last of which is 0
+("clean", also for `final=None`), or 1/T for `final="alpha0"` (the table's own first entry; `set_alpha_to_one=False`).
 A draw is `draw(u, process, ...) -> t`: (B,) float64 in [0, 1) -> (B,) in (0, 1], on the indices of a table.
 Spacings as in Table 2 of arXiv:2305.08891. Both raise ConfigError for what cannot be.
 """
@@ -11,23 +11,47 @@ import math
 import torch
 from torch import Tensor
 
-from ldm.diffusion.process import Process, space_indices
+from ldm.diffusion.process import DiscreteVP, Process, space_indices
 from ldm.utils.errors import ConfigError
 
 # --- grids for samplers --------------------------------------------------------------------------------------------
 
 
-def leading(process: Process, steps: int, offset: int = 1, final: str = "clean") -> Tensor:
-    """Indices 0, k, 2k, ... plus `offset`, with k = T // steps: Stable Diffusion's grid. Misses the noisiest steps."""
-    _check(process, steps)
+def leading(process: Process, steps: int, offset: int = 1, extra: int = 0, final: str | None = None) -> Tensor:
+    """Indices 0, k, 2k, ... plus `offset`, with k = T // steps: diffusers' for Stable Diffusion. Misses the noisiest.
+
+    extra: laid out for so many steps more, of which the cleanest are left out (1: diffusers' DPM-Solver and UniPC).
+    """
+    _check(process, steps + extra)
     T = _table_length(process, "leading")
-    indices = torch.arange(steps - 1, -1, -1) * (T // steps) + offset
+    indices = torch.arange(steps + extra - 1, extra - 1, -1) * (T // (steps + extra)) + offset
     if indices[0] >= T:
         raise ConfigError(f"times.offset={offset} takes {steps} steps past the {T} of the table; lower it")
     return _indices_to_times(indices, T, final)
 
 
-def trailing(process: Process, steps: int, final: str = "clean") -> Tensor:
+def compvis(process: Process, steps: int, final: str | None = None) -> Tensor:
+    """Indices 1, 1 + k, 1 + 2k, ... up to T, with k = T // steps: latent diffusion's own script (arXiv:2112.10752).
+
+    Where T // k is not `steps`, it takes more of them: 31 for 30, 77 for 75.
+    """
+    _check(process, steps)
+    T = _table_length(process, "compvis")
+    if (T - 1) % (T // steps) == 0:
+        works = [n for n in range(1, T + 1) if (T - 1) % (T // n)]
+        near = [str(n) for n in [*[n for n in works if n < steps][-1:], *[n for n in works if n > steps][:1]]]
+        raise ConfigError(f"steps={steps}: times=compvis reads index {T} of a table of {T}; use {' or '.join(near)}")
+    return _indices_to_times(torch.arange(0, T, T // steps).flip(0) + 1, T, final)
+
+
+def sgm(process: Process, steps: int, final: str | None = None) -> Tensor:
+    """Even steps from index T - 1 to 0, without 0, rounded down: the SDXL program's, arXiv:2307.01952."""
+    _check(process, steps)
+    T = _table_length(process, "sgm")
+    return _indices_to_times((T - 1 - torch.arange(steps, dtype=torch.float64) * ((T - 1) / steps)).floor(), T, final)
+
+
+def trailing(process: Process, steps: int, final: str | None = None) -> Tensor:
     """Even steps down from t = 1, which every process has."""
     _check(process, steps)
     if process.num_steps is None:
@@ -37,12 +61,17 @@ def trailing(process: Process, steps: int, final: str = "clean") -> Tensor:
     return _indices_to_times(indices, T, final)
 
 
-def linspace(process: Process, steps: int, rounded: bool = False, final: str = "clean") -> Tensor:
-    """Even steps from t = 1 to the process' t_min, then to 0; `rounded` to whole indices of a table, as DDIM's."""
-    _check(process, steps)
+def linspace(
+    process: Process, steps: int, rounded: bool = False, extra: int = 0, final: str | None = None
+) -> Tensor:
+    """Even steps from t = 1 to the process' t_min, then to 0; `rounded` to whole indices of a table, as DDIM's.
+
+    extra: laid out for so many steps more, of which the cleanest are left out (1: diffusers' DPM-Solver and UniPC).
+    """
+    _check(process, steps + extra)
     if process.num_steps is None:
-        return _with_zero(torch.linspace(1, process.t_min, steps, dtype=torch.float64))
-    indices = torch.linspace(process.num_steps - 1, 0, steps, dtype=torch.float64)
+        return _with_zero(torch.linspace(1, process.t_min, steps + extra, dtype=torch.float64)[:steps])
+    indices = torch.linspace(process.num_steps - 1, 0, steps + extra, dtype=torch.float64)[:steps]
     return _indices_to_times(indices.round() if rounded else indices, process.num_steps, final)
 
 
@@ -64,7 +93,7 @@ def logsnr(process: Process, steps: int, sigma_min: float | None = None, sigma_m
     return _ratios_to_times(process, ratios, sigma_max)
 
 
-def respaced(process: Process, steps: int | str, final: str = "clean") -> Tensor:
+def respaced(process: Process, steps: int | str, final: str | None = None) -> Tensor:
     """Indices spread from end to end (250), in sections ("10,20") or at a whole stride ("ddim50"): arXiv:2102.09672."""
     if isinstance(steps, int):
         _check(process, steps)
@@ -87,8 +116,8 @@ def _table_length(process: Process, name: str) -> int:
     return process.num_steps
 
 
-def _indices_to_times(indices: Tensor, T: int, final: str) -> Tensor:
-    ends = {"clean": 0.0, "alpha0": 1 / T}
+def _indices_to_times(indices: Tensor, T: int, final: str | None) -> Tensor:
+    ends = {None: 0.0, "clean": 0.0, "alpha0": 1 / T}
     if final not in ends:
         raise ConfigError(f"times.final={final} is not known; use clean or alpha0")
     return torch.cat([(indices.double() + 1) / T, torch.tensor([ends[final]], dtype=torch.float64)])
@@ -113,12 +142,30 @@ def _with_zero(times: Tensor) -> Tensor:
     return torch.cat([times, times.new_zeros(1)])
 
 
+class WholeIndices(DiscreteVP):
+    """A table that shows the network the nearest index only: diffusers' DPM-Solver and UniPC on Karras' grid."""
+
+    def __init__(self, process: DiscreteVP):
+        super().__init__(process.alpha_bars, process.indices)
+
+    def feed(self, t):
+        return super().feed((t * self.num_steps).round() / self.num_steps)
+
+
 # --- draws for training --------------------------------------------------------------------------------------------
 
 
-def uniform(u: Tensor, process: Process) -> Tensor:
-    """Even over time: every index equally often, Algorithm 1 of arXiv:2006.11239."""
-    return _on_table(1 - u, process)
+def uniform(u: Tensor, process: Process, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Even over (low, high]: every index equally often, Algorithm 1 of arXiv:2006.11239.
+
+    high = 0.2 gives indices 0..199 of 1000, what SDXL's refiner was trained on (arXiv:2307.01952).
+    """
+    T = process.num_steps
+    first, last = (low, high) if T is None else (round(low * T), round(high * T))
+    if not 0 <= first < last <= (T or 1):
+        raise ConfigError(f"density.low={low} < density.high={high} must leave times between 0 and 1 to draw from")
+    t = first + (last - first) * (1 - u)
+    return t.clamp(2.0**-53, 1) if T is None else t.ceil().clamp(first + 1, last) / T
 
 
 def logit_normal(u: Tensor, process: Process, mean: float = 0.0, std: float = 1.0) -> Tensor:

@@ -74,8 +74,7 @@ class LatentCodec(nn.Module):
     def measured(cls, autoencoder: AutoencoderKL, images: Tensor, *, per_channel: bool = True) -> "LatentCodec":
         """Scale and shift that give the latents of these images (B 3 H W uint8) mean 0 and standard deviation 1."""
         codec = cls(autoencoder)
-        moments = [codec._posterior(chunk) for chunk in images.split(64)]
-        mean, logvar = (torch.cat(parts).double() for parts in zip(*moments, strict=True))  # B C h w
+        mean, logvar = torch.cat([codec.moments(chunk) for chunk in images.split(64)]).double().chunk(2, 1)  # B C h w
         axes = (0, 2, 3) if per_channel else (0, 1, 2, 3)
         shift = mean.mean(axes, keepdim=True)
         variance = (mean - shift).square().mean(axes) + logvar.exp().mean(axes)  # law of total variance
@@ -86,7 +85,17 @@ class LatentCodec(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor, generator: "torch.Generator | Noise | None" = None) -> Tensor:
         """(B 3 H W) uint8 -> (B C H/f W/f): a draw from the posterior with a generator, its mode without."""
-        z, logvar = self._posterior(images)
+        return self.draw(self.moments(images), generator)
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """Mean and clamped log-variance of the posterior before scaling: (B 3 H W) uint8 -> (B 2C H/f W/f) float32."""
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.cat(self.autoencoder.encode(to_float(images)), dim=1).float()
+
+    def draw(self, moments: Tensor, generator: "torch.Generator | Noise | None" = None) -> Tensor:
+        """Scaled latents of `moments` (B 2C h w) -> (B C h w): a draw with a generator, the mode without."""
+        z, logvar = moments.chunk(2, dim=1)
         if generator is not None:
             z = sample_posterior(z, logvar, randn_like(z, generator))
         return (z - self.shift) * self.scale
@@ -100,10 +109,6 @@ class LatentCodec(nn.Module):
     def train(self, mode: bool = True) -> "LatentCodec":
         """Stays in evaluation mode whatever its parent does."""
         return super().train(False)
-
-    def _posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(images.device.type, enabled=False):
-            return self.autoencoder.encode(to_float(images).to(self.scale))
 
     def _per_channel(self, name: str, value: float | Sequence[float]) -> Tensor:
         values = torch.tensor(value, dtype=torch.float32).flatten()

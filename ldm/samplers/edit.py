@@ -1,6 +1,9 @@
 """Changing a given image with any sampler: SDEdit, inpainting with an ordinary model, and DDIM inversion.
 
-`sample` is a sampler, `sample(denoise, process, x, times, *, generator, callback)`; images are latents B C H W.
+    x, times = noised(process, image, eps, times, strength=0.6)
+    sample(denoise, process, x, times, callback=keeping(process, image, mask, times, noise))
+
+Images are latents B C H W.
 """
 
 from collections.abc import Callable
@@ -11,77 +14,62 @@ from torch import Tensor
 from ldm.diffusion.process import Process
 from ldm.samplers.common import intervals, move
 from ldm.utils.errors import ConfigError
-from ldm.utils.seeding import Noise, randn_like
 
 Callback = Callable[[int, int, Tensor, Tensor], None]
 
-# How many grid steps above the first denoised one each reference program noises the image to.
-STARTS = {"diffusers": 0, "compvis": 1}
+# How the reference programs count: by how many points more than steps the strength is multiplied, and how many grid
+# steps above the first one taken the image is noised to.
+STARTS = {"diffusers": (0, 0), "compvis": (0, 1), "sgm": (1, 0)}
 
 
-def image_to_image(
-    sample: Callable[..., Tensor],
-    denoise: Callable[[Tensor, float], Tensor],
-    process: Process,
-    image: Tensor,
-    times: Tensor,
-    *,
-    strength: float = 0.75,
-    start: str = "diffusers",
-    generator: torch.Generator | Noise | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
-    """Noise an image part of the way and sample it back: SDEdit, arXiv:2108.01073.
+def noised(
+    process: Process, image: Tensor, eps: Tensor, times: Tensor, *, strength: float = 0.75, start: str = "diffusers"
+) -> tuple[Tensor, Tensor]:
+    """(x, times): an image noised part of the way, and the rest of the grid, which samples it back (arXiv:2108.01073).
 
     The last int(strength * steps) steps of the grid are kept. start: "diffusers" noises to the first kept time,
-    "compvis" to the time above it, where strength 1 has no time left. strength 0 returns the image.
+    "compvis" to the time above it, where strength 1 has no time left; "sgm" takes a share of the points, not the steps.
     """
-    if not 0 <= strength <= 1:
-        raise ConfigError(f"strength={strength} must lie between 0 (the image itself) and 1 (all steps)")
+    if not 0 < strength <= 1:
+        raise ConfigError(f"strength={strength} must lie above 0 (the image itself), up to 1 (all steps)")
     if start not in STARTS:
         raise ConfigError(f"start={start} is not known; use one of {', '.join(STARTS)}")
-    steps = len(intervals(times))
-    kept = int(strength * steps)
-    if strength == 0:
-        return image.clone()
-    if kept == 0:
+    steps, (points, above) = len(intervals(times)), STARTS[start]
+    kept = int(strength * (steps + points)) - points
+    if kept < 1:
         raise ConfigError(f"strength={strength} of {steps} steps is less than one step; raise either")
-    noised_at = steps - kept - STARTS[start]
+    noised_at = steps - kept - above
     if noised_at < 0:
         raise ConfigError(f"strength={strength} with start={start} begins above the grid; lower the strength")
     alpha, sigma = process(times[noised_at].item())
-    x = torch.add(alpha * image, randn_like(image, generator), alpha=sigma)
-    return sample(denoise, process, x, times[steps - kept :], generator=generator, callback=callback)
+    return torch.add(alpha * image, eps, alpha=sigma), times[steps - kept :]
 
 
-def inpaint(
-    sample: Callable[..., Tensor],
-    denoise: Callable[[Tensor, float], Tensor],
+def keeping(
     process: Process,
-    x_T: Tensor,
-    times: Tensor,
-    *,
     image: Tensor,
     mask: Tensor,
-    generator: torch.Generator | Noise | None = None,
+    times: Tensor,
+    noise: Callable[[Tensor], Tensor],
     callback: Callback | None = None,
-) -> Tensor:
-    """Repaint where mask = 1 (B 1 H W) and keep `image` where it is 0, with a model that knows nothing of masks.
+) -> Callback:
+    """A sampler's callback: repaint where mask = 1 (B 1 H W), keep `image` where it is 0, with any model.
 
-    After each step the kept part becomes `image` with fresh noise of that time, as in latent diffusion's own script
-    (arXiv:2112.10752); in the result it is `image` exactly.
+    After each step on the grid `times` the kept part becomes `image` with noise of that time, and at the end `image`
+    itself. noise(like): fresh noise each time, as in latent diffusion's own script (arXiv:2112.10752), or the first.
     """
     moments = times.tolist()
 
-    def keep_known(step: int, steps: int, x: Tensor, x0: Tensor) -> None:
-        alpha, sigma = process(moments[step + 1])
-        known = torch.add(alpha * image, randn_like(image, generator), alpha=sigma) if sigma > 0 else image
-        x.copy_(mask * x + (1 - mask) * known)
+    def keep(step: int, steps: int, x: Tensor, x0: Tensor) -> None:
+        known = image
+        if step + 1 < steps:
+            alpha, sigma = process(moments[step + 1])
+            known = torch.add(alpha * image, noise(x), alpha=sigma)
+        x.copy_(torch.lerp(known, x, mask))
         if callback is not None:
             callback(step, steps, x, x0)
 
-    x = sample(denoise, process, x_T, times, generator=generator, callback=keep_known)
-    return mask * x + (1 - mask) * image  # a grid may end above t = 0
+    return keep
 
 
 def invert(

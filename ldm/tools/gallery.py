@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -10,10 +11,11 @@ from ldm.data.transforms import resize_crop
 from ldm.generate import Edit
 from ldm.io.images import read_image, write_png
 from ldm.io.text import write_json
-from ldm.utils.errors import ConfigError
+from ldm.utils.errors import ConfigError, DataError
 from ldm.utils.images import labelled_grid
 
-HOW = ("sampler", "times", "steps", "guidance", "threshold", "negative", "image", "mask", "strength")
+HOW = ("weights", "system", "refiner", "handover", "dialect", "sampler", "times", "steps", "guidance", "threshold",
+       "negative", "prompt_weights", "image", "mask", "strength")  # fmt: skip
 
 
 def read_pairs(cfg: dict) -> list[tuple[str, int]]:
@@ -31,19 +33,21 @@ def check_writable(out: Path) -> None:
         raise ConfigError(f"out={out} cannot be written: {parent} is not a folder that this user may write to")
 
 
-def read_edit(cfg: dict, image_size: int) -> Edit | None:
+def read_edit(cfg: dict, image_size: int | Sequence[int]) -> Edit | None:
     """The picture and the mask of a config, at the size that is sampled."""
     if not cfg["image"]:
         if cfg["mask"]:
             raise ConfigError("mask is set but image is not; give the picture to repaint, e.g. image=photo.png")
         return None
-    if not isinstance(image_size, int):
-        raise ConfigError(f"image_size={image_size} with a picture to start from: give one number, it is cut square")
-    if not isinstance(cfg["strength"], int | float) or not 0 <= cfg["strength"] <= 1:
-        raise ConfigError(f"strength={cfg['strength']} must lie between 0 (keep the picture) and 1 (forget it)")
-    image = resize_crop(read_image(cfg["image"]), image_size)
-    mask = resize_crop(read_image(cfg["mask"]), image_size)[:1] > 127 if cfg["mask"] else None
-    return Edit(image, cfg["strength"], mask)
+    strength = cfg["strength"]
+    if not isinstance(strength, int | float | None) or not 0 <= (strength or 0) <= 1:
+        raise ConfigError(f"strength={strength} must lie between 0 (keep the picture) and 1 (forget it)")
+    image, mask = read_image(cfg["image"]), read_image(cfg["mask"]) if cfg["mask"] else None
+    if mask is not None and mask.shape != image.shape:
+        found, expected = (f"{width}x{height}" for _, height, width in (mask.shape, image.shape))
+        raise DataError(f"mask {cfg['mask']} is {found} pixels, expected {expected}, the size of {cfg['image']}")
+    image = resize_crop(image, image_size)
+    return Edit(image, strength, None if mask is None else (resize_crop(mask, image_size)[:1] > 127).float())
 
 
 def write_gallery(out: Path, images: Tensor, pairs: list[tuple[str, int]], cfg: dict, columns: int) -> None:

@@ -73,6 +73,21 @@ class BatchNoise(Noise):
         return normal(keys(self.seeds[0], purpose, self.positions.to(like.device)), like.shape[1:], like.dtype)
 
 
+class TorchNoise(Noise):
+    """A stream per image from torch's own generator on the CPU, as diffusers draws from a list of generators.
+
+    For the images of published programs: the state is carried along, so draws must come in the program's order.
+    """
+
+    def __init__(self, seeds: Sequence[int]):
+        super().__init__(seeds)
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, like: Tensor) -> Tensor:
+        shape = (1, *like.shape[1:])
+        return torch.cat([torch.randn(shape, generator=g, dtype=like.dtype) for g in self.generators]).to(like.device)
+
+
 def randn_like(x: Tensor, generator: "torch.Generator | Noise | None" = None) -> Tensor:
     """Normal noise shaped like x, from a `Noise`, a torch generator, or torch's global one."""
     if isinstance(generator, Noise):

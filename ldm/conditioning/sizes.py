@@ -1,0 +1,55 @@
+"""SDXL's micro-conditions, arXiv:2307.01952, §2.2 and Algorithm 1: numbers, of which the network embeds each on its own.
+
+A condition without one is not defined: guidance keeps the sizes, and moves the refiner's aesthetic score instead.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ldm.conditioning.conditioner import Encoder
+from ldm.utils.errors import ConfigError, DataError
+
+NAMES = ("original height", "width", "crop top", "left", "target height", "width")  # pixels
+
+
+class Sizes(Encoder):
+    """Six numbers of NAMES per image -> size (B count), the first `count` of them: all in SDXL, 4 in its refiner."""
+
+    field = "size"
+    null = None
+
+    def __init__(self, count: int = len(NAMES)):
+        super().__init__()
+        if not 1 <= count <= len(NAMES):
+            raise ConfigError(f"count is {count}, expected 1 to {len(NAMES)}: {', '.join(NAMES)}")
+        self.count = count
+        self.dims = {"num_sizes": count}
+
+    def without(self, value: Sequence[float] | Tensor) -> Sequence[float] | Tensor:
+        return value
+
+    def forward(self, values: Sequence[Sequence[float] | Tensor], device: torch.device) -> dict[str, Tensor]:
+        return {"size": torch.stack([self._row(value) for value in values]).to(device)}  # B count
+
+    def _row(self, value: Sequence[float] | Tensor) -> Tensor:
+        row = torch.as_tensor(value, dtype=torch.float32) if isinstance(value, Sequence | Tensor) else None
+        if row is None or row.ndim != 1 or len(row) < self.count:
+            raise DataError(f"size is {value!r}, expected {', '.join(NAMES[: self.count])}")
+        return row[: self.count]
+
+
+class AestheticScore(Encoder):
+    """The score the training images were rated with, 1 to 10 -> size (B 1). Guidance steers away from `null_score`."""
+
+    field = "aesthetic"
+
+    def __init__(self, score: float = 6.0, null_score: float = 2.5):
+        super().__init__()
+        self.default = score
+        self.null = null_score
+        self.dims = {"num_sizes": 1}
+
+    def forward(self, values: Sequence[float], device: torch.device) -> dict[str, Tensor]:
+        return {"size": torch.tensor(values, dtype=torch.float32, device=device)[:, None]}  # B 1
