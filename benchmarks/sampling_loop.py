@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ldm.diffusion import process, times
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import Eps
-from ldm.samplers import ddim, dpm_solver, euler
+from ldm.samplers import ddim, dpm_solver, euler, unipc
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CASES = {  # name: diffusers' scheduler, our sampler, our grid of the same times, target
@@ -35,6 +35,12 @@ CASES = {  # name: diffusers' scheduler, our sampler, our grid of the same times
         dpm_solver.sample,
         times.trailing,
         0.30,
+    ),
+    "unipc": (
+        diffusers.UniPCMultistepScheduler(**SD, timestep_spacing="trailing"),
+        unipc.sample,
+        times.trailing,
+        0.12,
     ),
 }
 

@@ -202,8 +202,8 @@ def test_luminance_codec_keeps_grey_and_weighs_colours():
 def test_codecs_refuse_what_they_cannot_encode():
     with pytest.raises(ConfigError, match="channels=4"):
         PixelCodec(4)
-    with pytest.raises(DataError, match="float32"):
-        PixelCodec().encode(noise(1, 3, 4, 4))
+    with pytest.raises(DataError, match="images are torch.float64"):
+        PixelCodec().encode(noise(1, 3, 4, 4).double())
     with pytest.raises(ConfigError, match="scale has 3 numbers"):
         LatentCodec(tiny(), scale=[1.0, 2.0, 3.0])
 

@@ -268,7 +268,7 @@ def test_every_process_and_prediction_file_builds(path):
 
 @pytest.mark.parametrize("path", group("times"), ids=lambda p: p.stem)
 def test_every_times_file_makes_a_grid(path):
-    assert make({**load(path), "steps": 7})(process.scaled_linear()).shape == (8,)
+    assert make({**load(path), "steps": 8})(process.scaled_linear()).shape == (9,)
 
 
 @pytest.mark.parametrize("path", group("density") + group("weighting"), ids=lambda p: f"{p.parent.name}/{p.stem}")

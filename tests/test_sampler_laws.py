@@ -76,7 +76,8 @@ def test_unipc_is_one_order_better_than_its_predictor(p, order):
     for steps in (64, 128, 256):
         grid = times.logsnr(p, steps, sigma_min=0.03, sigma_max=14.0)[:-1]
         x, start, end = one() * p(grid[0].item())[1], grid[0].item(), grid[-order].item()
-        errors.append((path_of(unipc.sample, judge, p, x, grid, order=order)[-order] - judge.solve(x, start, end)).abs())
+        path = path_of(unipc.sample, judge, p, x, grid, order=order)
+        errors.append((path[-order] - judge.solve(x, start, end)).abs().item())
     for coarse, fine in zip(errors, errors[1:], strict=False):
         assert math.log2(coarse / fine) == pytest.approx(order + 1, abs=0.1)
 

@@ -8,7 +8,7 @@
     SD 3, FLUX      128       1 2 4 4    2 / 3   16, f8   83,819,683 (no quant convolutions)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,11 @@ class Middle(nn.Sequential):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, then the way to the next one."""
+    """The residual blocks of one resolution, then the way to the next one.
+
+    Its owner walks through it in one loop: a call of the level would keep the level's input, at full resolution twice
+    a block's, for as long as all of its blocks take.
+    """
 
     def __init__(self, widths: Sequence[int], groups: int, resample: nn.Module):
         super().__init__()
@@ -54,8 +58,9 @@ class Level(nn.Module):
         self.blocks = nn.Sequential(*(ResBlock(a, b, groups=groups, eps=EPS) for a, b in pairs))
         self.resample = resample
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resample(self.blocks(x))
+    def __iter__(self) -> Iterator[nn.Module]:
+        yield from self.blocks
+        yield self.resample
 
 
 class Encoder(nn.Module):
@@ -74,7 +79,11 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.mid(self.down(self.conv_in(x)))
+        h = self.conv_in(x)
+        for level in self.down:
+            for layer in level:
+                h = layer(h)
+        h = self.mid(h)
         return self.conv_out(silu(self.norm_out(h)))
 
 
@@ -94,7 +103,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.up(self.mid(self.conv_in(z)))
+        h = self.mid(self.conv_in(z))
+        for level in self.up:
+            for layer in level:
+                h = layer(h)
         return self.conv_out(silu(self.norm_out(h)))
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.nn.linear import linear, use_onednn
+from ldm.nn.linear import linear, onednn_takes, use_onednn
 from ldm.utils.errors import ConfigError
 
 
@@ -59,6 +59,43 @@ class Conv2d(nn.Conv2d):
         return self.weight.numel() >= self.MANY_WEIGHTS and x[0, 0].numel() <= self.FEW_POSITIONS
 
 
+STRIP = 32  # rows
+MANY_VALUES = 1 << 24  # of an image: 256 channels of 256 x 256; below it the loop is not worth its code
+
+
+def norm_silu_conv(norm: nn.GroupNorm, conv: Conv2d, x: Tensor) -> Tensor:
+    """conv(silu(norm(x))) of a 3x3 convolution: (B C H W) -> (B C' H W).
+
+    Without gradients a large image passes in strips on a CPU, so that its normalised copy never exists as a whole:
+    the peak of a VAE's memory. That is exact but for rounding: a strip sees one row of each neighbour, and `norm`
+    the statistics of the whole image.
+    """
+    if torch.is_grad_enabled() or x[0].numel() < MANY_VALUES or not onednn_takes(x):
+        return conv(silu(norm(x)))
+    scale, shift = affine(norm, x)
+    strips = []
+    for top in range(0, x.shape[2], STRIP):
+        above = min(top, 1)
+        strip = torch.addcmul(shift, x[:, :, top - above : top + STRIP + 1], scale)
+        h = conv(silu(strip).to(x.dtype))
+        strips.append(h[:, :, above : above + STRIP])
+    return torch.cat(strips, dim=2)
+
+
+def affine(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What `norm` does to x (B C H W), as a factor and a summand per channel: 2 x (B C 1 1) float32."""
+
+    def group_mean(values) -> Tensor:
+        per_channel = sum(strip.sum((2, 3)) for strip in values) / x[0, 0].numel()  # B C
+        per_group = per_channel.unflatten(1, (norm.num_groups, -1)).mean(2)  # B G
+        return per_group.repeat_interleave(x.shape[1] // norm.num_groups, dim=1)[:, :, None, None]
+
+    mean = group_mean(strip.float() for strip in x.split(STRIP, dim=2))
+    variance = group_mean((strip - mean).square_() for strip in x.split(STRIP, dim=2))
+    scale = norm.weight[:, None, None] * (variance + norm.eps).rsqrt()
+    return scale, norm.bias[:, None, None] - mean * scale
+
+
 class ResBlock(nn.Module):
     """GN-SiLU-conv, + Linear(SiLU(emb)), GN-SiLU-dropout-conv, added to the input: (B C H W), (B E) -> (B C' H W).
 
@@ -87,10 +124,11 @@ class ResBlock(nn.Module):
         self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        h = self.conv1(silu(self.norm1(x)))  # B C' H W
+        h = norm_silu_conv(self.norm1, self.conv1, x)  # B C' H W
         if self.emb_proj is not None:
             h += self.emb_proj(F.silu(emb))[:, :, None, None]
-        h = self.conv2(self.dropout(silu(self.norm2(h))))
+        h = silu(self.norm2(h))  # a step of its own: what the first convolution gave ends here
+        h = self.conv2(self.dropout(h))
         h += self.skip(x)
         return h
 

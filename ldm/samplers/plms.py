@@ -1,4 +1,8 @@
-"""PLMS, the linear multistep half of PNDM (arXiv:2202.09778): Stable Diffusion 1's first sampler."""
+"""PLMS, the linear multistep half of PNDM (arXiv:2202.09778): Stable Diffusion 1's first sampler.
+
+As in its own script and in diffusers' PNDM with `skip_prk_steps`, with two exceptions for the latter: it combines the
+network's outputs, which for v are not eps, and from a given picture it runs one step ahead of its own times.
+"""
 
 from collections.abc import Callable
 

@@ -73,9 +73,15 @@ def _weights(points: list[float], h: float) -> list[float]:
         b.append(phi * factorial / math.expm1(-h))
         factorial *= n
         phi = phi / -h - 1 / factorial
-    r = torch.tensor(points, dtype=torch.float64)
-    powers = r ** torch.arange(len(points))[:, None]
-    return (torch.linalg.solve(powers, torch.tensor(b, dtype=torch.float64)) / r).tolist()
+    for k in range(len(b) - 1):  # Björck and Pereyra's solution of sum_m r_m^n a_m = b_n
+        for n in range(len(b) - 1, k, -1):
+            b[n] -= points[k] * b[n - 1]
+    for k in range(len(b) - 2, -1, -1):
+        for n in range(k + 1, len(b)):
+            b[n] /= points[n] - points[n - k - 1]
+        for n in range(k, len(b) - 1):
+            b[n] -= b[n + 1]
+    return [a / r for a, r in zip(b, points, strict=True)]
 
 
 def _log_snr(level: Level) -> float:
