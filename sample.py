@@ -1,4 +1,8 @@
-"""Draw images of a trained run: `python sample.py run=DIR prompts="[a red circle, a blue square]" seeds="[0,1]"`."""
+"""Draw images of a trained run or of published weights.
+
+python sample.py run=DIR prompts="[a red circle, a blue square]" seeds="[0,1]"
+python sample.py weights=sd15.safetensors prompts="[a photo of a cat]" negative="blurry"
+"""
 
 from pathlib import Path
 
@@ -7,17 +11,15 @@ from ldm.tools.cli import entry
 
 @entry("sample")
 def main(cfg: dict, path: Path) -> None:
-    from ldm.generate import Sampling, generate, load_run
+    from ldm.generate import Sampling, generate
     from ldm.tools.gallery import check_writable, read_edit, read_pairs, write_gallery
-    from ldm.utils.devices import pick_device
-    from ldm.utils.errors import ConfigError
+    from ldm.tools.subject import as_published, load_subject
 
-    if not cfg["run"]:
-        raise ConfigError("run is not set; give a run directory, e.g. run=runs/shapes/2026-01-01_12-00-00")
+    cfg = as_published(cfg)
     out = Path(cfg["out"]) if path == Path.cwd() else path  # a sweep has a folder per job below `out`
     check_writable(out)
     sampling = Sampling.from_config(cfg)
-    run = load_run(cfg["run"], device=pick_device(cfg["device"]), ema=cfg["ema"])
+    run, refiner = load_subject(cfg)
     image_size = cfg["image_size"] or run.config["image_size"]
     pairs = read_pairs(cfg)
     images = generate(
@@ -28,6 +30,7 @@ def main(cfg: dict, path: Path) -> None:
         image_size=image_size,
         negative=cfg["negative"],
         edit=read_edit(cfg, image_size),
+        refiner=refiner,
         batch_size=cfg["batch_size"],
         progress=True,
     )

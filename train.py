@@ -28,6 +28,7 @@ def train(cfg: dict, path: Path, device, world) -> dict:
 
     from ldm.build import build_conditioner, build_held_out, build_objective, make, write_config
     from ldm.data.loader import batches
+    from ldm.published import begin
     from ldm.tools.previews import Previews
     from ldm.tools.profile import profiled
     from ldm.training.loop import fit, prepare
@@ -39,11 +40,12 @@ def train(cfg: dict, path: Path, device, world) -> dict:
     trainer = make(cfg["trainer"])
     data = make(cfg["data"])
     stored, files = continued(path, resume)
-    codec, cfg["codec"] = build_first_stage(cfg, stored, path, data, device, world)
+    cfg, networks, vocabulary = begin(cfg, stored) if cfg["weights"] else (cfg, {}, None)
+    codec, cfg["codec"] = build_first_stage(cfg, stored, path, data, device, world, networks)
     torch.manual_seed(key(cfg["seed"], "init"))
-    vocabulary = files.get("tokenizer.json")
-    conditioner, cfg["conditioner"], files = build_conditioner(cfg["conditioner"], data, vocabulary)
-    objective, network, cfg["network"] = build_objective(cfg, codec, conditioner)
+    vocabulary = files.get("tokenizer.json", vocabulary)
+    conditioner, cfg["conditioner"], files = build_conditioner(cfg["conditioner"], data, vocabulary, networks)
+    objective, network, cfg["network"] = build_objective(cfg, codec, conditioner, networks)
     prepare(objective, network, trainer, device)
     optimizer = make(cfg["optimizer"])(objective)
     ema = make(cfg["ema"], batch_size=trainer.batch_size)(objective) if cfg["ema"] else None
@@ -62,7 +64,7 @@ def train(cfg: dict, path: Path, device, world) -> dict:
                    lr_schedule=make(cfg["lr_schedule"]), world=world, seed=cfg["seed"])  # fmt: skip
 
 
-def build_first_stage(cfg: dict, stored: dict, path: Path, data, device, world):
+def build_first_stage(cfg: dict, stored: dict, path: Path, data, device, world, networks):
     """The codec and its completed node; an autoencoder that is asked for and not there yet is trained first.
 
     A run that continues (from a checkpoint whose config is `stored`) has its codec in the checkpoint.
@@ -73,7 +75,7 @@ def build_first_stage(cfg: dict, stored: dict, path: Path, data, device, world):
 
     node = cfg["codec"]
     if "experiment" not in node:
-        return build_codec(node), node
+        return build_codec(node, networks), node
     if "autoencoder" in stored.get("codec", {}):
         return build_codec(stored["codec"]), stored["codec"]
     source = Path(node["run"] or path / "autoencoder")

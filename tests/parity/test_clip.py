@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ldm.conditioning.clip import CLIPImageEncoder, CLIPText, CLIPTextEncoder, CLIPVision, preprocess
+from ldm.conditioning.clip import CLIPText, CLIPTextEncoder, CLIPVision
+from ldm.conditioning.clip_image import CLIPImageEncoder, preprocess
 from ldm.conditioning.clip_tokenizer import CLIPTokenizer
 from ldm.weights.clip import from_open_clip, from_transformers, to_open_clip, to_transformers
 from tests.test_clip import toy_vocabulary
