@@ -188,7 +188,7 @@ def build_encoder(node: dict, network: "nn.Module | None", objects: dict) -> Any
         return make(node, **objects)
     node = dict(node)
     inner = node.pop("network")
-    return make(node, network=network or make(inner).requires_grad_(False).eval(), **objects)
+    return make(node, network=(network or make(inner)).requires_grad_(False).eval(), **objects)
 
 
 def build_codec(node: dict, networks: Networks = NONE) -> Any:

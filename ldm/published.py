@@ -12,7 +12,7 @@ from torch import nn
 from ldm.build import build_codec, build_conditioner, build_objective, compose, locate, make
 from ldm.generate import Run
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.utils.errors import ConfigError
+from ldm.utils.errors import ConfigError, WeightsError
 from ldm.weights.expand import expand_input
 from ldm.weights.load import load_model
 from ldm.weights.systems import System, identify, load_system, node_of
@@ -61,7 +61,7 @@ def begin(cfg: dict, stored: dict, device: torch.device | str = "cpu") -> tuple[
     if locate(cfg["network"]["_target_"]) is AutoencoderKL:
         net = load_model(cfg["weights"], "vae")
         return cfg | {"network": node_of(net)}, {"network": net}, None
-    found = load_system(Path(cfg["weights"]), device=device, name=cfg["system"])
+    found = load_system(Path(cfg["weights"]), device=device)
     cfg = complete(cfg, found)
     node = dict(cfg["network"])
     codec = build_codec(cfg["codec"], found.networks)
@@ -72,8 +72,10 @@ def begin(cfg: dict, stored: dict, device: torch.device | str = "cpu") -> tuple[
 
 def overrides(settings: dict) -> list[str]:
     """What the files say of the process, as a command line would."""
+    process = {"T": "num_train_timesteps", "beta_start": "beta_start", "beta_end": "beta_end"}
     chosen = [f"prediction={settings['prediction']}"] if "prediction" in settings else []
-    return chosen + (["process=zero_snr"] if settings.get("zero_terminal_snr") else [])
+    chosen += ["process=zero_snr"] if settings.get("zero_terminal_snr") else []
+    return chosen + [f"process.{knob}={settings[name]}" for knob, name in process.items() if name in settings]
 
 
 def remake(node: dict, network: nn.Module) -> nn.Module:
@@ -85,16 +87,16 @@ def remake(node: dict, network: nn.Module) -> nn.Module:
 
 
 def complete(cfg: dict, found: System, tokenizer: str | None = None) -> dict:
-    """The config of a system with the sizes and the settings that its files give. Raises ConfigError for another's."""
+    """The config of a system with the sizes and the settings that its files give. Raises WeightsError for another's."""
     codec, conditioner = dict(cfg["codec"]), dict(cfg["conditioner"])
-    encoders = {name: dict(node) for name, node in conditioner["encoders"].items()}
+    encoders = {name: dict(node) for name, node in conditioner.get("encoders", {}).items()}
     slots = {"network", "autoencoder", *(name for name, node in encoders.items() if "network" in node)}
     if slots != found.networks.keys():
-        raise ConfigError(f"{found.path} is a {found.name}, but the config is of system={cfg['system']}; set the same")
+        chosen = f"the config is of system={cfg['system']}" if cfg["system"] else "no system is chosen"
+        raise WeightsError(f"{found.path} holds {found.name}, but {chosen}; set system={found.name}")
     for name in encoders.keys() & found.nodes.keys():
         encoders[name]["network"] = found.nodes[name]
-    for node in encoders.values():
-        node |= {name: found.settings[name] for name in ("skip", "zero_null") if name in node and name in found.settings}
+        encoders[name]["zero_null"] = found.settings.get("zero_null", encoders[name]["zero_null"])
     codec |= {name: found.settings[name] for name in ("scale", "shift") if name in found.settings}
     codec["autoencoder"] = found.nodes["autoencoder"]
     conditioner["encoders"] = encoders

@@ -11,9 +11,10 @@ from ldm.models.autoencoder import AutoencoderKL, kl_divergence
 from ldm.models.codec import LatentCodec, PixelCodec, to_float, to_uint8
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.perceptual import LPIPS, STAGES
-from ldm.nn.convolution import Downsample, ResBlock, Upsample
-from ldm.training.autoencoder import AutoencoderObjective, l2, psnr
-from ldm.utils.errors import ConfigError, DataError, WeightsError
+from ldm.nn.convolution import Conv2d, Downsample, ResBlock, Upsample, affine, norm_silu_conv
+from ldm.training.autoencoder import GAMES, Adversary, AutoencoderObjective, l2, psnr
+from ldm.training.optim import adamw
+from ldm.utils.errors import ConfigError, DataError, NonFiniteError, WeightsError
 from ldm.utils.seeding import Noise
 from ldm.weights.autoencoder import from_diffusers, from_original, to_diffusers, to_original
 
@@ -85,6 +86,24 @@ def test_residual_block_is_the_same_with_and_without_gradients_and_keeps_its_inp
     with torch.no_grad():
         fast = block(x, emb)
     assert torch.equal(fast, block(x, emb)) and torch.equal(x, before)
+
+
+@pytest.mark.parametrize("height", [1, 32, 45, 96])
+@pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_a_large_image_in_strips_is_the_whole_image(monkeypatch, height, dtype, tol):
+    monkeypatch.setattr("ldm.nn.convolution.MANY_VALUES", 0)
+    norm, conv = nn.GroupNorm(4, 8, eps=1e-6), Conv2d(8, 6, 3, padding=1).to(memory_format=torch.channels_last)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = (5 + 3 * noise(2, 8, height, 7)).to(dtype).to(memory_format=torch.channels_last)
+    norm, conv = norm.to(dtype), conv.to(dtype)
+    whole = norm_silu_conv(norm, conv, x)
+    with torch.no_grad():
+        strips = norm_silu_conv(norm, conv, x)
+        scale, shift = affine(norm, x)
+    assert strips.is_contiguous(memory_format=torch.channels_last) and strips.dtype == dtype
+    torch.testing.assert_close(strips, whole.detach(), rtol=0, atol=tol * whole.abs().max().item())
+    torch.testing.assert_close((x.float() * scale + shift).to(dtype), norm(x).detach(), rtol=tol, atol=tol)
 
 
 def test_asymmetric_downsampling_pads_right_and_bottom():
@@ -229,6 +248,57 @@ def test_latents_stay_float32_under_autocast():
     assert torch.equal(images_out, codec.decode(x))
 
 
+def test_moments_are_what_encoding_draws_from():
+    codec, images = LatentCodec(tiny(), 0.5, 0.1), pictures(3, 3, 8, 12)
+    moments = codec.moments(images)
+    assert moments.shape == (3, 8, 4, 6) and moments.dtype == torch.float32
+    torch.testing.assert_close(moments, torch.cat(tiny().encode(to_float(images)), 1))
+    assert torch.equal(codec.draw(moments), codec.encode(images))
+    assert torch.equal(codec.draw(moments, Noise([1, 2, 3])), codec.encode(images, Noise([1, 2, 3])))
+
+
+@pytest.mark.parametrize("precision, tol", [("bf16", 0.1), ("fp16", 0.02)])
+def test_half_precision_is_close_and_gives_float32_latents(precision, tol):
+    half, full, images = LatentCodec(tiny(), precision=precision), LatentCodec(tiny()), pictures(2, 3, 8, 8)
+    x = half.encode(images)
+    assert x.dtype == torch.float32 and next(half.autoencoder.parameters()).dtype != torch.float32
+    torch.testing.assert_close(x, full.encode(images), rtol=tol, atol=tol)
+    apart = half.decode(x).int() - full.decode(x).int()
+    assert apart.abs().max() <= 255 * tol
+
+
+def overflowing() -> AutoencoderKL:
+    """The same function in float32, but inside it numbers beyond float16's 65504 where the input is bright."""
+    vae = tiny()
+    with torch.no_grad():
+        for conv in (vae.encoder.conv_in, vae.decoder.conv_in):
+            conv.weight *= 3e5
+    return vae
+
+
+def test_images_that_overflow_in_float16_take_float32(capsys):
+    safe, exact = LatentCodec(overflowing(), precision="fp16"), LatentCodec(overflowing().half().float())
+    images = pictures(2, 3, 8, 8)
+    images[0] = 127  # black, white and noise overflow; grey does not
+    with torch.inference_mode():
+        raw = torch.cat(safe.autoencoder.encode(to_float(images).half()), 1)
+        assert raw[0].isfinite().all() and not raw[1].isfinite().all()
+        moments = safe.moments(images)
+        torch.testing.assert_close(moments[1:], exact.moments(images[1:]))
+        assert torch.equal(moments[:1], safe.moments(images[:1]))  # an image does not depend on its batch
+        z = noise(2, 4, 4, 4) * torch.tensor([1e-3, 30.0]).view(2, 1, 1, 1)
+        assert torch.equal(safe.decode(z)[1], exact.decode(z)[1])
+    assert capsys.readouterr().err.count("overflows in float16") == 1
+    assert {p.dtype for p in safe.autoencoder.parameters()} == {torch.float16}
+
+
+def test_no_black_image_of_latents_that_are_not_numbers():
+    with pytest.raises(NonFiniteError, match="latents to decode are not finite"):
+        LatentCodec(tiny()).decode(torch.full((1, 4, 4, 4), torch.nan))
+    with pytest.raises(ConfigError, match="precision=fp8 is not known"):
+        LatentCodec(tiny(), precision="fp8")
+
+
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_measured_latents_are_standardised(per_channel):
     codec = LatentCodec.measured(tiny(), pictures(96, 3, 8, 8), per_channel=per_channel)
@@ -294,10 +364,10 @@ def test_lpips_weights_are_frozen_complete_and_outside_checkpoints(lpips):
 # The objective
 
 
-def adversarial(start: int = 0, **knobs) -> AutoencoderObjective:
+def adversarial(start: int = 0, game: str = "hinge", **knobs) -> AutoencoderObjective:
     torch.manual_seed(1)
-    discriminator = PatchDiscriminator(channels=4, num_layers=2)
-    return AutoencoderObjective(tiny(), discriminator=discriminator, adversarial_start=start, **knobs)
+    adversary = Adversary(channels=4, num_layers=2, start=start, game=game)
+    return AutoencoderObjective(tiny(), discriminator=adversary, **knobs)
 
 
 def gradients(module: nn.Module) -> list[torch.Tensor | None]:
@@ -309,6 +379,18 @@ def test_loss_is_its_parts():
     loss, logs = objective(batch_of(pictures(2, 3, 8, 8)))
     assert loss.item() == pytest.approx((logs["reconstruction"] + 0.25 * logs["kl"] / (3 * 8 * 8)).item())
     assert set(objective.state_dict()) == {f"autoencoder.{key}" for key in tiny().state_dict()} | {"logvar"}
+
+
+def test_loss_is_the_originals_per_value(lpips):
+    """Its sum over C H W of the pixels' error and the broadcast LPIPS, and the KL, divided by C H W."""
+    objective = AutoencoderObjective(tiny(), perceptual=lpips, perceptual_weight=0.5, kl_weight=1e-2, learn_logvar=True)
+    nn.init.constant_(objective.logvar, 0.3)
+    batch = batch_of(pictures(2, 3, 16, 16))
+    x, x_hat = to_float(batch["image"]), reconstruction(objective, batch)
+    error = (x - x_hat).abs() + 0.5 * lpips(x_hat, x).view(2, 1, 1, 1)
+    nll = (error / math.exp(0.3) + 0.3).sum() / 2
+    kl = kl_divergence(*objective.autoencoder.encode(x)).sum() / 2
+    torch.testing.assert_close(objective(batch)[0], (nll + 1e-2 * kl) / (3 * 16 * 16))
 
 
 def test_posterior_noise_depends_on_position_alone():
@@ -331,23 +413,42 @@ def test_one_backward_gives_each_side_its_own_gradient():
 
     judge = adversarial()
     x_hat = reconstruction(judge, batch).detach()
-    judge.discriminator(x_hat)  # the generator's pass: only moves the running statistics
-    real, fake = judge.discriminator(x), judge.discriminator(x_hat)
+    network = judge.discriminator.network
+    network(x_hat)  # the generator's pass: only moves the running statistics
+    real, fake = network(x), network(x_hat)
     (0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())).backward()
     for ours, expected in zip(gradients(both.discriminator), gradients(judge.discriminator), strict=True):
         torch.testing.assert_close(ours, expected)
 
     maker = adversarial()
     x_hat = reconstruction(maker, batch)
-    likelihood, fooled = (x_hat - x).abs().mean(), -maker.discriminator(x_hat).mean()
+    likelihood, fooled = (x_hat - x).abs().sum() / 2, -maker.discriminator.network(x_hat).mean()  # a sum, as published
     last = maker.autoencoder.decoder.conv_out.weight
     norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (likelihood, fooled)]
     weight = norms[0] / (norms[1] + 1e-4)
-    torch.testing.assert_close(logs["adaptive_weight"], weight)
-    kl = kl_divergence(*maker.autoencoder.encode(x)).mean() / x[0].numel()
-    (likelihood + 1e-6 * kl + 0.5 * weight.detach() * fooled).backward()
+    torch.testing.assert_close(logs["adaptive_weight"], weight.clamp(max=1e4))
+    kl = kl_divergence(*maker.autoencoder.encode(x)).mean()
+    ((likelihood + 1e-6 * kl + 0.5 * logs["adaptive_weight"] * fooled) / x[0].numel()).backward()
     for ours, expected in zip(gradients(both.autoencoder), gradients(maker.autoencoder), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_adaptive_weight_is_clamped_and_a_constant():
+    objective = adversarial()
+    nn.init.zeros_(objective.discriminator.network.layers[-1].weight)  # a generator's gradient of zero
+    loss, logs = objective(batch_of(pictures(2, 3, 16, 16)))
+    assert logs["adaptive_weight"] == 1e4 and not logs["adaptive_weight"].requires_grad
+    loss.backward()
+    assert all(grad.isfinite().all() for grad in gradients(objective.autoencoder))
+
+
+def test_running_statistics_of_the_discriminator_do_not_matter():
+    """So ranks need not exchange them: batch norm uses its own batch in training."""
+    batch, objective = batch_of(pictures(2, 3, 16, 16)), adversarial()
+    loss = objective(batch)[0]
+    for buffer in objective.discriminator.buffers():
+        buffer.fill_(7)
+    assert torch.equal(objective(batch)[0], loss)
 
 
 def reconstruction(objective: AutoencoderObjective, batch: dict) -> torch.Tensor:
@@ -363,12 +464,73 @@ def reconstruction(objective: AutoencoderObjective, batch: dict) -> torch.Tensor
 
 
 def test_adversary_waits_for_its_step():
-    objective = adversarial(start=10)
-    loss, logs = objective(batch_of(pictures(2, 3, 16, 16), step=9))
+    objective, batch = adversarial(start=10), batch_of(pictures(2, 3, 16, 16), step=9)
+    loss, logs = objective(batch)
+    assert "discriminator" not in logs and torch.equal(loss, AutoencoderObjective(tiny())(batch)[0])
     loss.backward()
-    assert gradients(objective.discriminator) == [None] * len(gradients(objective.discriminator))
-    assert "discriminator" not in logs
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in gradients(objective.discriminator))  # not None
     assert "discriminator" in objective(batch_of(pictures(2, 3, 16, 16), step=10))[1]
+
+
+@pytest.mark.parametrize("game", GAMES)
+def test_every_game_pushes_the_two_sides_apart(game):
+    fake, real = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    GAMES[game](fake, real).backward()
+    assert (real.grad < 0).all() and (fake.grad >= 0).all()  # descent raises the logits of real images
+    fake.grad = None
+    GAMES[game](fake).backward()
+    assert (fake.grad < 0).all()  # and the generator those of its own
+
+
+def entropy(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of two distributions over the same few values."""
+    return torch.where(p > 0, p * (p / q).log(), 0.0).sum()
+
+
+@pytest.mark.parametrize("p, q", [([1, 3, 4], [1, 3, 4]), ([1, 3, 4], [5, 2, 1]), ([4, 4, 0, 0], [0, 0, 5, 3])])
+def test_the_minimax_game_at_its_optimum(p, q):
+    """Theorem 1 of arXiv:1406.2661: D* = p / (p + q) and V(D*) = 2 JS(p, q) - 2 log 2, in [-1.386294, 0]."""
+    p, q = torch.tensor(p) / 8, torch.tensor(q) / 8
+    best = (p.log() - q.log()).clamp(-40, 40).requires_grad_()  # the logit of p / (p + q)
+    real, fake = (best.repeat_interleave((8 * weight).long()) for weight in (p, q))
+    loss = GAMES["vanilla"](fake, real)
+    js = 0.5 * (entropy(p, (p + q) / 2) + entropy(q, (p + q) / 2))
+    torch.testing.assert_close(-loss, 2 * js - 2 * math.log(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, best)[0], torch.zeros(len(p)), atol=1e-6, rtol=0)
+    if torch.equal(p, q):
+        assert loss.item() == pytest.approx(1.386294, abs=1e-6)
+
+
+def test_disjoint_supports_give_the_minimax_generator_no_gradient():
+    sure = torch.full((4,), -40.0, requires_grad=True)
+    assert math.log(2) == pytest.approx((0.5 * (2 * math.log(2) - GAMES["vanilla"](sure, -sure))).item())  # JS
+    assert torch.autograd.grad(GAMES["vanilla"](sure), sure)[0].abs().max() < 1e-15
+    torch.testing.assert_close(torch.autograd.grad(GAMES["non_saturating"](sure), sure)[0], torch.full((4,), -0.25))
+
+
+def test_a_game_and_a_part_that_do_not_exist_are_named():
+    with pytest.raises(ConfigError, match="game=poker is not known; use hinge"):
+        Adversary(game="poker")
+    with pytest.raises(ConfigError, match="train=encoder is not known; use all, decoder"):
+        AutoencoderObjective(tiny(), train="encoder")
+
+
+def test_training_the_decoder_alone_leaves_every_latent_as_it_was(lpips):
+    torch.manual_seed(0)
+    vae, images = tiny(), pictures(2, 3, 16, 16)
+    before = LatentCodec(tiny()).moments(images)
+    objective = AutoencoderObjective(vae, train="decoder", reconstruction=l2, perceptual=lpips, perceptual_weight=0.1)
+    optimizer = adamw(objective, lr=1e-3)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for part in (vae.decoder, vae.post_quant_conv) for p in part.parameters()}
+    losses = []
+    for step in range(5):
+        loss, _ = objective(batch_of(images, step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and torch.equal(LatentCodec(vae).moments(images), before)
 
 
 def test_lpips_contributes_gradient(lpips):
@@ -386,7 +548,9 @@ def test_log_variance_of_a_pixel_trains():
     loss, logs = objective(batch_of(pictures(2, 3, 8, 8)))
     loss.backward()
     torch.testing.assert_close(objective.logvar.grad, 1 - logs["reconstruction"])  # d(e / exp(s) + s) / ds at s = 0
-    assert not AutoencoderObjective(tiny()).logvar.requires_grad
+    optimizer = adamw(objective, lr=1e-2)
+    optimizer.step()  # the optimizer has it
+    assert objective.logvar != 0 and not AutoencoderObjective(tiny()).logvar.requires_grad
 
 
 def test_evaluation_under_no_grad_works_with_an_adversary():
@@ -400,6 +564,34 @@ def test_psnr():
     rebuilt = torch.stack([images[0], images[1] + 51])
     torch.testing.assert_close(psnr(images, rebuilt), torch.tensor([100.0, 20 * math.log10(5)], dtype=torch.float64))
     assert AutoencoderObjective(tiny()).evaluate(images)["psnr"] < 100
+
+
+def test_many_images_are_reconstructed_a_few_at_a_time(monkeypatch):
+    objective, images, sizes = AutoencoderObjective(tiny()), pictures(9, 3, 8, 8), []
+    monkeypatch.setattr("ldm.training.autoencoder.PIXELS", 4 * 8 * 8)
+    encode = objective.autoencoder.encode
+    monkeypatch.setattr(objective.autoencoder, "encode", lambda x: sizes.append(len(x)) or encode(x))
+    assert objective.reconstruct(images).shape == images.shape and sizes == [4, 4, 1]
+
+
+def test_a_small_autoencoder_and_its_adversary_learn():
+    """The error falls before and after the discriminator joins; its logits separate; lambda stays a number."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(channels=16, channel_mult=(1, 1), num_res_blocks=1, groups=4, attention=False)
+    objective = AutoencoderObjective(vae, discriminator=Adversary(channels=32, num_layers=2, start=20))
+    optimizer = adamw(objective, lr=1e-3, betas=(0.5, 0.9), weight_decay=0.0)
+    images, logs = pictures(8, 3, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3), []
+    for step in range(60):
+        loss, parts = objective(batch_of(images, step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        logs.append({name: value.item() for name, value in parts.items()})
+    first, joined, last = (logs[step]["reconstruction"] for step in (0, 20, 59))
+    assert joined < 0.7 * first and last < joined
+    apart = [parts["logits_real"] - parts["logits_fake"] for parts in logs[20:]]
+    assert abs(apart[0]) < 0.5 < max(apart[:10])
+    assert all(0 < parts["adaptive_weight"] < 1e4 for parts in logs[20:])
 
 
 def test_a_small_autoencoder_learns():

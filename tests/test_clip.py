@@ -1,6 +1,7 @@
 """CLIP without a judge: published sizes, which layer and vector each system reads, tokens, names in files."""
 
 import copy
+import gzip
 import json
 import pickle
 
@@ -8,8 +9,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm.conditioning.clip import CLIPImageEncoder, CLIPText, CLIPTextEncoder, CLIPVision, preprocess, quick_gelu
-from ldm.conditioning.clip_tokenizer import BOS, EOS, CLIPTokenizer, read_clip_tokenizer
+from ldm.conditioning import clip_tokenizer
+from ldm.conditioning.clip import CLIPText, CLIPTextEncoder, CLIPVision, quick_gelu
+from ldm.conditioning.clip_image import CLIPImageEncoder, preprocess
+from ldm.conditioning.clip_tokenizer import (
+    BOS,
+    EOS,
+    PUBLISHED,
+    CLIPTokenizer,
+    chunks_for,
+    find_vocabulary,
+    read_clip_tokenizer,
+)
 from ldm.conditioning.conditioner import Conditioner
 from ldm.utils.errors import ConfigError, DataError, WeightsError
 from ldm.weights.clip import from_open_clip, from_transformers, to_open_clip, to_transformers
@@ -156,11 +167,12 @@ def test_zero_null_is_zeros_but_a_given_empty_prompt_is_encoded(tokenizer):
     knobs = {"skip": 1, "final_norm": False, "pooled": True}
     base = Conditioner({"text": CLIPTextEncoder(network, tokenizer, **knobs, zero_null=True)})
     refiner = Conditioner({"text": CLIPTextEncoder(network, tokenizer, **knobs)})
-    assert all(not value.any() for value in base.null(2).values())
-    assert all(value.any() for value in refiner.null(2).values())
+    batch = {"caption": ["a cat", "a photo"]}
+    assert all(not value.any() for value in base.pair(batch)[1].values())
+    assert all(value.any() for value in refiner.pair(batch)[1].values())
     mixed = base({"caption": ["a cat", None, ""]})
     assert mixed["context"][0].any() and not mixed["context"][1].any() and not mixed["pooled"][1].any()
-    assert torch.allclose(mixed["context"][2], refiner.null(1)["context"][0], atol=1e-6)
+    assert torch.allclose(mixed["context"][2], refiner({"caption": [""]})["context"][0], atol=1e-6)
     with pytest.raises(DataError, match="expected text"):
         refiner({"caption": [None]})
 
@@ -206,11 +218,11 @@ def test_rows_of_cat(tokenizer):
 
 def test_long_prompts_continue_in_chunks(tokenizer, caplog):
     text = " ".join(["cat"] * 80 + ["red"] * 80)
-    assert [tokenizer.chunks([n * "cat "]) for n in (0, 1, 75, 76, 150, 151)] == [1, 1, 1, 2, 2, 3]
+    assert [chunks_for([n, 3]) for n in (0, 1, 75, 76, 150, 151)] == [1, 1, 1, 2, 2, 3]
     ids = tokenizer.encode([text, "cat"], chunks=3)
     assert (ids[..., 0] == tokenizer.bos).all() and (ids[0, :2, 76] == tokenizer.eos).all()
     words = torch.cat([ids[0, 0, 1:76], ids[0, 1, 1:76], ids[0, 2, 1:11]])
-    assert words.tolist() == list(tokenizer._ids(text)) and ids[0, 2, 11] == tokenizer.eos
+    assert words.tolist() == list(tokenizer.ids(text)) and ids[0, 2, 11] == tokenizer.eos
     assert torch.equal(ids[1, 1], tokenizer.encode([""])[0, 0])  # what a short prompt has left is empty
     network = text_network(tokenizer)
     cond = CLIPTextEncoder(network, tokenizer, pooled=True, chunks=3)([text, "cat"], CPU)
@@ -227,7 +239,7 @@ def test_a_prompt_without_room_is_cut_with_one_line(tokenizer, caplog):
     ids = fresh.encode(["cat " * 10_000, "red " * 90], chunks=2)
     assert ids.shape == (2, 2, 77) and (ids[0, :, 76] == fresh.eos).all()
     assert [record.message for record in caplog.records] == [
-        f"prompt of 10000 tokens cut to 150, {('cat ' * 10)!r}...; chunks=134 keeps it whole"
+        f"prompt of 10000 tokens cut to 150, lost {'cat ' * 15!r}...; 134 chunks of 75 hold it all"
     ]
 
 
@@ -274,6 +286,63 @@ def test_what_is_no_vocabulary_is_named(tmp_path):
         (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n")
         with pytest.raises(WeightsError):
             read_clip_tokenizer(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- published vocabulary
+
+
+def published_vocabulary():
+    """OpenAI's file, as a package of the extra `parity` brings it."""
+    try:
+        return find_vocabulary()
+    except WeightsError as error:
+        pytest.skip(f"{error}")
+
+
+def test_published_ids():
+    tokenizer = read_clip_tokenizer(published_vocabulary())
+    assert len(tokenizer) == 49408 and tokenizer.ids("!") == (256,) and tokenizer.backend.token_to_id("!") == 0
+    row = [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert tokenizer.encode(["a photo of a cat"])[0, 0].tolist() == row + [49407] * 70
+    assert tokenizer.encode(["A photo  of a CAT"], pad=0)[0, 0].tolist() == row + [0] * 70
+    again = CLIPTokenizer.from_json(tokenizer.to_json())
+    assert torch.equal(again.encode(["caf\u00e9, 42!"]), tokenizer.encode(["caf\u00e9, 42!"]))
+
+
+def test_vocabulary_is_found(tmp_path, monkeypatch, caplog, tokenizer):
+    monkeypatch.setattr(clip_tokenizer, "PACKAGES", ("no_such_package",))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(WeightsError, match="none was found here; pip install clip-anytorch, or give tokenizer=PATH"):
+        read_clip_tokenizer()
+    snapshot = tmp_path / "hub" / "models--openai--clip-vit-large-patch14" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    with caplog.at_level("INFO"):
+        assert torch.equal(read_clip_tokenizer().encode(["a cat"]), tokenizer.encode(["a cat"]))
+    assert caplog.records[-1].message == f"CLIP's vocabulary: {snapshot}"
+    package = tmp_path / "vocabulary_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / PUBLISHED).write_bytes(b"")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(clip_tokenizer, "PACKAGES", ("vocabulary_package",))
+    assert find_vocabulary() == package / PUBLISHED
+
+
+def test_published_file_that_is_damaged(tmp_path, monkeypatch):
+    path = tmp_path / PUBLISHED
+    for data, error, message in [
+        (b"not gzip", DataError, "damaged or not a gzip file"),
+        (gzip.compress(b"heading\na b\n" * 9)[:-4], DataError, "damaged or not a gzip file"),
+        (gzip.compress(b"heading\n" + b"a b\n" * 9), WeightsError, "holds no 48,894 merges of two parts each"),
+        (gzip.compress(b"heading\n" + b"a b c\n" * 50_000), WeightsError, "holds no 48,894 merges of two parts each"),
+        (gzip.compress(bytes(1 << 26)), DataError, "unpacks to over 33,554,432 bytes"),
+    ]:
+        path.write_bytes(data)
+        with pytest.raises(error, match=message):
+            read_clip_tokenizer(path)
+    with pytest.raises(DataError, match="no such file"):
+        read_clip_tokenizer(tmp_path / "other.txt.gz")
 
 
 # ---------------------------------------------------------------------------------------------------------- images
@@ -330,8 +399,9 @@ def test_known_extras_are_skipped_and_nothing_else(tokenizer):
     state = text_network(tokenizer).state_dict()
     theirs = to_transformers(state) | {"text_model.embeddings.position_ids": torch.arange(77)}
     assert from_transformers(theirs, state).keys() == state.keys()
-    with pytest.raises(WeightsError, match=r"missing none; unknown 1 \(text_projection.weight\)"):
-        from_transformers(theirs | {"text_projection.weight": torch.eye(32)}, state)
+    assert from_transformers(theirs | {"text_projection.weight": torch.eye(32)}, state).keys() == state.keys()
+    with pytest.raises(WeightsError, match=r"missing none; unknown 1 \(text_model.surplus\)"):
+        from_transformers(theirs | {"text_model.surplus": torch.eye(32)}, state)
     # SD 2.x: ours leaves out the last block and the projection of the file
     whole = to_open_clip(text_network(tokenizer, depth=4, projected=True).state_dict())
     assert from_open_clip(whole, state).keys() == state.keys()

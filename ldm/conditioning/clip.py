@@ -20,21 +20,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.conditioning.clip_tokenizer import LENGTH, CLIPTokenizer
+from ldm.conditioning.clip_tokenizer import LENGTH, CLIPTokenizer, chunks_for, frame
+from ldm.conditioning.conditioner import Encoder
+from ldm.conditioning.memory import Memory
+from ldm.conditioning.prompts import EMPHASIS, emphasise, parse
 from ldm.nn.attention import SelfAttention
 from ldm.nn.feedforward import MLP
 from ldm.nn.linear import Linear
-from ldm.utils.errors import ConfigError, DataError
+from ldm.utils.errors import ConfigError
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x sigmoid(1.702 x), OpenAI's GELU."""
-    return x * torch.sigmoid(1.702 * x)
+    gate = (1.702 * x).sigmoid_()
+    return x * gate if x.requires_grad else gate.mul_(x)  # a new tensor only where autograd keeps the gate
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the training images, in [0, 1]
-STD = (0.26862954, 0.26130258, 0.27577711)
+Prompt = tuple[tuple[int, ...], tuple[float, ...]]  # ids, and what each weighs
 
 
 class Block(nn.Module):
@@ -99,12 +102,13 @@ class CLIPText(nn.Module):
         return x if self.projection is None else self.projection(x)
 
 
-class CLIPTextEncoder(nn.Module):
+class CLIPTextEncoder(Encoder):
     """Captions -> context (B L D), L = 77 chunks, and with `pooled` the vector at the first chunk's EOS (B D).
 
     No context_mask: networks attend to the padding. A longer prompt continues in the next chunk, each encoded on its
-    own. With `zero_null` the condition of "no caption" is zeros instead of the encoded "" (SDXL base, which still
-    encodes a "" that is given). Raises DataError for what is not text, ConfigError for knobs that do not fit.
+    own; all prompts of a call get as many. With `zero_null` the condition of "no caption" is zeros instead of the
+    encoded "" (SDXL base, which still encodes a "" that is given). What has been read is remembered (`Memory`).
+    Raises DataError for what is not text, ConfigError for knobs that do not fit.
     """
 
     field = "caption"
@@ -118,12 +122,14 @@ class CLIPTextEncoder(nn.Module):
         pooled: bool = False,
         pad: int | None = None,  # the id after EOS; None: EOS again
         zero_null: bool = False,
-        chunks: int = 1,
+        chunks: int | None = None,  # of 75 tokens; None: as many as the longest prompt of a call needs, and
+        max_chunks: int = 8,  # at most so many; what is longer loses its last words
+        emphasis: str | None = None,  # what "(word:1.3)" does: a1111, comfy or fooocus; None: it is text like any other
     ):
         super().__init__()
-        _check_skip(skip, network.blocks)
-        if chunks < 1:
-            raise ConfigError(f"chunks is {chunks}, expected at least 1: 75 tokens of each prompt")
+        check_skip(skip, network.blocks)
+        if max_chunks < 1 or (chunks is not None and chunks < 1):
+            raise ConfigError(f"chunks is {chunks}, max_chunks {max_chunks}; expected at least 1: 75 tokens")
         if tokenizer.eos >= (rows := network.tokens.num_embeddings):
             raise ConfigError(
                 f"vocabulary ends with id {tokenizer.eos}, the network knows {rows}; use its own tokenizer"
@@ -135,22 +141,38 @@ class CLIPTextEncoder(nn.Module):
         self.pooled = pooled
         self.pad = pad
         self.chunks = chunks
+        self.max_chunks = max_chunks
+        self.emphasis = emphasis
+        self.memory = Memory()
         self.null = None if zero_null else ""
         self.dims = {"context_dim": network.width} | ({"pooled_dim": network.width} if pooled else {})
 
-    def forward(self, captions: Sequence[str | None], device: torch.device) -> dict[str, Tensor]:
-        texts = ["" if text is None and self.null is None else text for text in captions]
-        distinct = list(dict.fromkeys(texts))  # one prompt with many seeds is encoded once
-        cond = self.encode(self.tokenizer.encode(distinct, self.pad, self.chunks).to(device))
-        rows = torch.tensor([distinct.index(text) for text in texts], dtype=torch.int64, device=device)
-        absent = torch.tensor([text is None for text in captions], dtype=torch.bool, device=device)
-        return {name: _zeroed(value[rows], absent) for name, value in cond.items()}
+    @property
+    def emphasis(self) -> str | None:
+        return self._emphasis
 
-    def encode(self, ids: Tensor) -> dict[str, Tensor]:
-        """Ids (B chunks L) -> the conditions of B texts."""
+    @emphasis.setter
+    def emphasis(self, name: str | None) -> None:
+        if name is not None and name not in EMPHASIS:
+            raise ConfigError(f"emphasis is {name!r}, expected null or one of: {', '.join(EMPHASIS)}")
+        self._emphasis = name
+
+    def forward(self, captions: Sequence[str | None], device: torch.device) -> dict[str, Tensor]:
+        prompts = self._frame(["" if text is None and self.null is None else text for text in captions])
+        how = (self.skip, self.final_norm, self.pooled, self.pad, self.emphasis, device)
+        cond = self.memory.recall(self.network, prompts, lambda new: self._read(new, device), *how)
+        absent = torch.tensor([text is None for text in captions], dtype=torch.bool, device=device)
+        return {name: _zeroed(value, absent) for name, value in cond.items()}
+
+    def encode(self, ids: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
+        """Ids (B chunks L), and what they weigh in the context, -> the conditions of B texts."""
         hidden = self.network(ids.flatten(0, 1), self.skip)  # (B chunks) L D
         context = self.network.norm(hidden) if self.final_norm else hidden
-        cond = {"context": context.unflatten(0, ids.shape[:2]).flatten(1, 2)}  # B (chunks L) D
+        context = context.unflatten(0, ids.shape[:2])  # B chunks L D
+        if weights is not None:
+            empty = self.encode(self.tokenizer.encode([""], self.pad).to(ids.device))["context"][0]  # L D
+            context = emphasise(context, empty, weights, self.emphasis)
+        cond = {"context": context.flatten(1, 2)}  # B (chunks L) D
         if self.pooled:
             first = hidden.unflatten(0, ids.shape[:2])[:, 0]  # B L D
             cond["pooled"] = self.network.pool(first, self.find_eos(ids[:, 0]), self.skip)  # B D
@@ -159,6 +181,23 @@ class CLIPTextEncoder(nn.Module):
     def find_eos(self, ids: Tensor) -> Tensor:
         """Index of the first EOS: B L -> B. It is the largest id CLIP was trained with; tokens added later are not."""
         return ids.masked_fill(ids > self.tokenizer.eos, 0).argmax(-1)
+
+    def _frame(self, texts: Sequence[str]) -> list[Prompt]:
+        prompts = [self._tokenize(text) for text in texts]
+        chunks = self.chunks or min(self.max_chunks, chunks_for(len(ids) for ids, _ in prompts))
+        pad = self.tokenizer.eos if self.pad is None else self.pad
+        return [
+            (self.tokenizer.frame(ids, chunks, pad), frame(weights, chunks, 1.0, 1.0, 1.0)) for ids, weights in prompts
+        ]
+
+    def _tokenize(self, text: str) -> Prompt:
+        parts = [(text, 1.0)] if self.emphasis is None else parse(text)
+        pairs = [(index, weight) for part, weight in parts for index in self.tokenizer.ids(part)]
+        return tuple(index for index, _ in pairs), tuple(weight for _, weight in pairs)
+
+    def _read(self, prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:
+        ids, weights = (torch.tensor(rows).unflatten(-1, (-1, LENGTH)) for rows in zip(*prompts, strict=True))
+        return self.encode(ids.to(device), None if (weights == 1).all() else weights.to(device))
 
 
 class CLIPVision(nn.Module):
@@ -208,50 +247,7 @@ class CLIPVision(nn.Module):
         return self.projection(self.norm(x[:, 0]))
 
 
-class CLIPImageEncoder(nn.Module):
-    """Images (uint8 3 H W each, of any size) -> context (B 1+N D), not normed, and pooled, the image's embedding (B P).
-
-    The image of "no condition", None, is zeros after normalisation, the mean grey. Raises DataError for other images.
-    """
-
-    field = "image"
-    null = None
-
-    def __init__(self, network: CLIPVision, skip: int = 1):
-        super().__init__()
-        _check_skip(skip, network.blocks)
-        self.network = network
-        self.skip = skip
-        self.dims = {"context_dim": network.width, "pooled_dim": network.projection_dim}
-
-    def forward(self, images: Sequence[Tensor | None], device: torch.device) -> dict[str, Tensor]:
-        size, dtype = self.network.image_size, self.network.positions.dtype
-        blank = torch.zeros(3, size, size)
-        pixels = torch.stack([blank if image is None else preprocess(image, size) for image in images])  # B 3 S S
-        return self.encode(pixels.to(device, dtype))
-
-    def encode(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Normalised pixels (B 3 S S) -> their conditions."""
-        hidden = self.network(pixels, self.skip)  # B 1+N D
-        return {"context": hidden, "pooled": self.network.pool(hidden, self.skip)}
-
-
-def preprocess(image: Tensor, size: int) -> Tensor:
-    """uint8 (3 H W) -> normalised float32 (3 size size): short side resized to `size`, the middle cut out.
-
-    Bicubic and rounded to uint8, as PIL resizes; on the CPU whatever the device, since only there can torch do it.
-    """
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-        raise DataError(f"image is {image.dtype} {tuple(image.shape)}, expected torch.uint8 (3, height, width)")
-    short = min(image.shape[1:])
-    height, width = (int(size * side / short) for side in image.shape[1:])
-    resized = F.interpolate(image[None].cpu(), (height, width), mode="bicubic", antialias=True)[0]
-    top, left = (height - size) // 2, (width - size) // 2
-    square = resized[:, top : top + size, left : left + size]
-    return (square / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-
-
-def _check_skip(skip: int, blocks: nn.ModuleList) -> None:
+def check_skip(skip: int, blocks: nn.ModuleList) -> None:
     if not 0 <= skip <= len(blocks):
         raise ConfigError(f"skip is {skip}, expected 0 to {len(blocks)}: the number of last blocks left out")
 

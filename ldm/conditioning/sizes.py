@@ -1,4 +1,4 @@
-"""SDXL's micro-conditions, arXiv:2307.01952, §2.2 and Algorithm 1: numbers, of which the network embeds each on its own.
+"""SDXL's micro-conditions, arXiv:2307.01952, §2.2 and Algorithm 1: numbers, each of which the network embeds alone.
 
 A condition without one is not defined: guidance keeps the sizes, and moves the refiner's aesthetic score instead.
 """
@@ -34,7 +34,7 @@ class Sizes(Encoder):
         return {"size": torch.stack([self._row(value) for value in values]).to(device)}  # B count
 
     def _row(self, value: Sequence[float] | Tensor) -> Tensor:
-        row = torch.as_tensor(value, dtype=torch.float32) if isinstance(value, Sequence | Tensor) else None
+        row = _floats(value)
         if row is None or row.ndim != 1 or len(row) < self.count:
             raise DataError(f"size is {value!r}, expected {', '.join(NAMES[: self.count])}")
         return row[: self.count]
@@ -52,4 +52,14 @@ class AestheticScore(Encoder):
         self.dims = {"num_sizes": 1}
 
     def forward(self, values: Sequence[float], device: torch.device) -> dict[str, Tensor]:
-        return {"size": torch.tensor(values, dtype=torch.float32, device=device)[:, None]}  # B 1
+        scores = _floats(values)
+        if scores is None or scores.ndim != 1:
+            raise DataError(f"aesthetic scores are {list(values)}, expected a number for each image")
+        return {"size": scores[:, None].to(device)}  # B 1
+
+
+def _floats(value: object) -> Tensor | None:
+    try:
+        return torch.as_tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        return None

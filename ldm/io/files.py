@@ -1,6 +1,9 @@
 """Whole files: read within a bound, or replaced in one step so that nobody ever sees half of one."""
 
+import gzip
+import io
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +23,19 @@ def read_bytes(path: str | os.PathLike, *, max_bytes: int) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_gzip(path: str | os.PathLike, *, max_bytes: int) -> bytes:
+    """What a gzip file holds, at most max_bytes of it. Raises DataError."""
+    packed = read_bytes(path, max_bytes=max_bytes)
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
+            data = file.read(max_bytes + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged or not a gzip file ({error})") from error
+    if len(data) > max_bytes:
+        raise DataError(f"{path}: unpacks to over {max_bytes:,} bytes, more than is read from a file of this kind")
+    return data
 
 
 @contextmanager

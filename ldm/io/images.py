@@ -3,7 +3,8 @@
 import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif")
 MAX_BYTES = 64 << 20
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 20
+ORIENTATION = 0x0112  # of EXIF; 5 to 8 lie on their side
+
+Size = tuple[int, int]  # height, width
 
 
 def read_image(
@@ -31,6 +35,46 @@ def read_image(
     name: str | None = None,  # what errors call it, when source is bytes
 ) -> Tensor:
     """An image as uint8 RGB (3, H, W), upright and opaque; the first frame of an animation. Raises DataError."""
+    with _opened(source, name, max_pixels) as image:
+        return _decoded(image, background, min_side)
+
+
+def read_sized_image(
+    source: str | os.PathLike | bytes,
+    *,
+    background: tuple[int, int, int],
+    min_side: int | None = None,
+    name: str | None = None,
+) -> tuple[Tensor, Size]:
+    """As `read_image`, and the size of the image in its file, which with min_side may be another. Raises DataError."""
+    with _opened(source, name, MAX_PIXELS) as image:
+        size = image.size
+        pixels = _decoded(image, background, min_side)
+        return pixels, _upright(image, size)
+
+
+def read_size(source: str | os.PathLike | bytes, *, name: str | None = None) -> Size:
+    """The size of an image from the header of its file: no pixel is decoded. Raises DataError."""
+    with _opened(source, name, MAX_PIXELS) as image:
+        return _upright(image, image.size)
+
+
+def _decoded(image: Image.Image, background: tuple[int, int, int], min_side: int | None) -> Tensor:
+    if min_side:
+        image.draft(image.mode, (min_side, min_side))
+    image.load()
+    rgb = _rgb(ImageOps.exif_transpose(image), background)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)  # 3 H W
+
+
+def _upright(image: Image.Image, size: tuple[int, int]) -> Size:
+    """(width, height) as stored -> height and width as shown."""
+    return size if image.getexif().get(ORIENTATION, 1) in range(5, 9) else size[::-1]
+
+
+@contextmanager
+def _opened(source: str | os.PathLike | bytes, name: str | None, max_pixels: int) -> Iterator[Image.Image]:
+    """An image of which only the header is read so far; whatever goes wrong with it is a DataError."""
     name = name or ("image" if isinstance(source, bytes) else str(source))
     data = source if isinstance(source, bytes) else read_bytes(source, max_bytes=MAX_BYTES)
     try:
@@ -38,16 +82,12 @@ def read_image(
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(image.size, max_pixels)
-                if min_side:
-                    image.draft(image.mode, (min_side, min_side))
-                image.load()
-                rgb = _rgb(ImageOps.exif_transpose(image), background)
+                yield image
     except Exception as error:  # decoders end in any of a dozen types
         reason = str(error).replace("\n", " ") or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"not a {', '.join(FORMATS)} file"
         raise DataError(f"{name}: cannot be read as an image ({reason[:200]})") from error
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)  # 3 H W
 
 
 def write_png(path: str | os.PathLike, image: Tensor, text: Mapping[str, str] | None = None) -> None:

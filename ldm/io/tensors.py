@@ -94,8 +94,9 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metada
         end = offset + tensor.numel() * tensor.element_size()
         table[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
+    table["__metadata__"] = {"format": "pt"}  # without it transformers refuses a file
     if metadata is not None:
-        table["__metadata__"] = {"ldm": _canonical(metadata)}
+        table["__metadata__"]["ldm"] = _canonical(metadata)
     header = _canonical(table).encode()
     header += b" " * (-len(header) % 8)
     try:

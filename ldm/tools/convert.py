@@ -2,50 +2,100 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+from torch import nn
+
+from ldm.conditioning.clip_tokenizer import read_clip_tokenizer
 from ldm.io.folders import appearing
-from ldm.utils.errors import LdmError, WeightsError
+from ldm.utils.errors import ConfigError, LdmError, WeightsError
 from ldm.weights.components import COMPONENTS
 from ldm.weights.formats import Config
-from ldm.weights.load import LAYOUTS, load_source, write_folder, write_original
-from ldm.weights.sources import Source, components_in, open_source
+from ldm.weights.load import LAYOUTS, arguments_of, check_destination, load_source, write_folder, write_original
+from ldm.weights.pipeline import LATENT_SCALES, read_scheduler, read_settings, read_tokenizer, write_pipeline
+from ldm.weights.places import family_of, places_of
+from ldm.weights.sources import Source, components_in, open_sources
+from ldm.weights.systems import name_system
 
-KEPT = ("scaling_factor", "shift_factor", "force_upcast", "latents_mean", "latents_std", "sample_size")
-SCALING = {2048: 0.13025, 1280: 0.13025}  # of the latents of SDXL and its refiner, by text width; Stable Diffusion's:
-SD_SCALING = 0.18215
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KEPT = ("scaling_factor", "shift_factor", "force_upcast", "latents_mean", "latents_std", "sample_size",
+        "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
+LEFT = ("safety_checker",)  # not part of any system here
 
 
-def convert(src: Path, dst: Path, layout: str, component: str | None = None, *, ema: bool = True) -> list[str]:
-    """Every component of SRC, or the one named, as DST: the names of those written. No bit of a weight changes.
+def convert(
+    src: Path,
+    dst: Path,
+    layout: str,
+    component: str | None = None,
+    *,
+    ema: bool = True,
+    dtype: str | None = None,  # of the copy; without it no bit of a weight changes
+    tokenizer: Path | None = None,  # a vocabulary for the pipeline, where SRC has none
+    system: str | None = None,  # a file of configs/system, where SRC does not show that it is sd21_base
+) -> list[str]:
+    """Every component of SRC, or the one named, as DST: the names of those written.
 
-    DST is a folder (diffusers) or a .safetensors file (original). Raises WeightsError, and then leaves no DST.
+    DST is a folder (diffusers) or a .safetensors file (original). Raises LdmError, and then leaves no DST.
     """
-    there = components_in(src) if src.exists() else []
-    names = [component] if component else there or [None]
-    if unknown := [name for name in names if name and name not in COMPONENTS]:
+    if dtype and dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}")
+    names = [name for name in components_in(src) if name not in LEFT]
+    if component:
+        names = [component]
+    elif unknown := [name for name in names if name not in COMPONENTS]:
         raise WeightsError(f"{src}: no conversion is known for {', '.join(unknown)}; choose one with --component")
-    sources = [open_source(src, name, ema=ema) for name in names]
-    nets = {source.component: load_source(source, dtype=None) for source in sources}
-    if layout == "original":
-        write_original(nets, dst)
-    else:
+    sources = open_sources(src, ema=ema)
+    if not names or (lacking := [name for name in names if name not in sources]):
+        what = f"no {lacking[0]}" if names else "nothing to convert"
+        raise WeightsError(f"{src}: there is {what}; the components are {', '.join(sources) or 'none'}")
+    job = Job(src, {name: sources[name] for name in names}, DTYPES.get(dtype), system)
+    job.write_file(dst) if layout == "original" else job.write_folder(dst, tokenizer)
+    return names
+
+
+class Job:
+    """The components of one conversion."""
+
+    def __init__(self, src: Path, sources: Mapping[str, Source], dtype: torch.dtype | None, system: str | None):
+        self.src, self.sources, self.dtype = src, sources, dtype
+        has_others = "unet" in sources and len(sources) > 1
+        self.family = family_of(arguments_of(sources["unet"])) if has_others else None
+        self.settings = read_settings(src) if has_others else {}
+        is_whole = has_others and all(place.folder in sources for place in places_of(self.family))
+        self.system = name_system(src, sources, self.settings, system) if is_whole else None
+
+    def load(self, name: str) -> nn.Module:
+        return load_source(self.sources[name], self.dtype, whole=True)
+
+    def write_file(self, dst: Path) -> None:
+        """One original file."""
+        check_destination(dst)
+        write_original({name: self.load(name) for name in self.sources}, dst, self.family, self.settings)
+
+    def write_folder(self, dst: Path, tokenizer: Path | None) -> None:
+        """A folder per component, and of a whole system the rest of its pipeline."""
+        vocabulary = read_clip_tokenizer(tokenizer).to_json() if tokenizer else None
         with appearing(dst) as folder:
-            for source in sources:
-                place = folder / source.component if len(sources) > 1 else folder
+            for name, source in self.sources.items():
+                place = folder / name if len(self.sources) > 1 else folder
                 place.mkdir(exist_ok=True)
-                write_folder(nets[source.component], place, _kept(source, nets))
-    return list(nets)
+                used = arguments_of(source)
+                is_all = used == arguments_of(source, whole=True)
+                write_folder(self.load(name), place, self.config(name), used=None if is_all else used)
+            if self.system:
+                vocabulary = vocabulary or read_tokenizer(self.src)
+                write_pipeline(folder, self.system, self.settings, read_scheduler(self.src), vocabulary)
 
-
-def _kept(source: Source, nets: dict) -> Config:
-    """What config.json says beyond the network: as the source had it, or as the family's publication did."""
-    if source.config is not None:
-        return {name: source.config[name] for name in KEPT if name in source.config}
-    if source.component != "vae" or "unet" not in nets:
-        return {}
-    return {"scaling_factor": SCALING.get(nets["unet"].context_dim, SD_SCALING)}
+    def config(self, name: str) -> Config:
+        """What config.json says beyond the network: as the source had it, or as the family's publication did."""
+        if (config := self.sources[name].config) is not None:
+            return {name: config[name] for name in KEPT if name in config}
+        if self.family is None or name != "vae":
+            return {}
+        return {"scaling_factor": self.settings.get("scale", LATENT_SCALES[self.family])}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,13 +105,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layout", choices=LAYOUTS, required=True, help="of DST")
     parser.add_argument("--component", help="convert this one only: " + ", ".join(COMPONENTS))
     parser.add_argument("--no-ema", action="store_true", help="of a training checkpoint, the weights not averaged")
-    chosen = parser.parse_args(arguments)
+    parser.add_argument("--dtype", choices=DTYPES, help="of DST; by default as in SRC, bit for bit")
+    parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="CLIP's vocabulary, for a file, which has none")
+    parser.add_argument("--system", metavar="NAME", help="sd21_base, where SRC is that and does not show it")
+    chosen = vars(parser.parse_args(arguments))
+    ema = not chosen.pop("no_ema")
     try:
-        names = convert(chosen.src, chosen.dst, chosen.layout, chosen.component, ema=not chosen.no_ema)
+        names = convert(**chosen, ema=ema)
     except LdmError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{chosen.dst}: {', '.join(names)}")
+    print(f"{chosen['dst']}: {', '.join(names)}")
     return 0
 
 

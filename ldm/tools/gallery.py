@@ -14,7 +14,7 @@ from ldm.io.text import write_json
 from ldm.utils.errors import ConfigError, DataError
 from ldm.utils.images import labelled_grid
 
-HOW = ("weights", "system", "refiner", "handover", "dialect", "sampler", "times", "steps", "guidance", "threshold",
+HOW = ("weights", "kind", "refiner", "handover", "dialect", "sampler", "times", "steps", "guidance", "threshold",
        "negative", "prompt_weights", "image", "mask", "strength")  # fmt: skip
 
 
@@ -46,8 +46,9 @@ def read_edit(cfg: dict, image_size: int | Sequence[int]) -> Edit | None:
     if mask is not None and mask.shape != image.shape:
         found, expected = (f"{width}x{height}" for _, height, width in (mask.shape, image.shape))
         raise DataError(f"mask {cfg['mask']} is {found} pixels, expected {expected}, the size of {cfg['image']}")
-    image = resize_crop(image, image_size)
-    return Edit(image, strength, None if mask is None else (resize_crop(mask, image_size)[:1] > 127).float())
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    image = resize_crop(image, *size)
+    return Edit(image, strength, None if mask is None else (resize_crop(mask, *size)[:1] > 127).float())
 
 
 def write_gallery(out: Path, images: Tensor, pairs: list[tuple[str, int]], cfg: dict, columns: int) -> None:

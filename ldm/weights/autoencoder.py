@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 from torch import Tensor
 
-from ldm.weights.ledger import Names, to_ours, to_theirs, translate
+from ldm.weights.ledger import Lazy, Names, changed, to_ours, to_theirs, translate
 
 DIFFUSERS = [  # vae/diffusion_pytorch_model.safetensors
     (r"\.down\.(\d+)\.", r".down_blocks.\1."),
@@ -58,8 +59,8 @@ def original_names(keys: Iterable[str]) -> Names:
 
 def from_diffusers(state: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
     """A diffusers state dict under our names. Raises WeightsError unless every key is used and none is missing."""
-    state = {translate(key, OLD_DIFFUSERS)[0]: tensor for key, tensor in state.items()}
-    return to_ours(_reshaped(state, (".to_q.", ".to_k.", ".to_v.", ".to_out."), 2), diffusers_names(keys))
+    renamed = Lazy({translate(key, OLD_DIFFUSERS)[0]: partial(state.__getitem__, key) for key in state})
+    return to_ours(_reshaped(renamed, (".to_q.", ".to_k.", ".to_v.", ".to_out."), 2), diffusers_names(keys))
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -74,10 +75,10 @@ def from_original(state: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str,
 
 def to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `from_original`."""
-    return _reshaped(to_theirs(state, original_names(state)), (".attn_1.",), 4)
+    return dict(_reshaped(to_theirs(state, original_names(state)), (".attn_1.",), 4))
 
 
-def _reshaped(state: Mapping[str, Tensor], parts: tuple[str, ...], ndim: int) -> dict[str, Tensor]:
+def _reshaped(state: Mapping[str, Tensor], parts: tuple[str, ...], ndim: int) -> Lazy:
     """Weights of the layers named as matrices (ndim=2) or 1x1 convolutions (ndim=4); biases and norms as they are."""
 
     def reshape(key: str, tensor: Tensor) -> Tensor:
@@ -85,4 +86,4 @@ def _reshaped(state: Mapping[str, Tensor], parts: tuple[str, ...], ndim: int) ->
             return tensor
         return tensor.reshape(tensor.shape[:2] + (1,) * (ndim - 2))
 
-    return {key: reshape(key, tensor) for key, tensor in state.items()}
+    return changed(state, reshape)

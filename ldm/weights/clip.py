@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ldm.weights.ledger import Names, to_ours, to_theirs, translate
+from ldm.weights.ledger import Names, changed, to_ours, to_theirs, translate, without
 
 TRANSFORMERS = [  # text_encoder/model.safetensors, image_encoder/model.safetensors; also SD 1.x in a single file
     (r"^tokens\.", "embeddings.token_embedding."),
@@ -62,12 +62,13 @@ def open_clip_names(keys: Iterable[str]) -> Names:
 def from_transformers(state: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
     """A transformers state dict, with or without its prefix, under our names. Raises WeightsError.
 
-    `position_ids`, which old files hold, are 0, 1, 2, ...: skipped, they are often corrupt.
+    Left out: what is unused, and `position_ids`, which are 0, 1, 2, ... and in old files often corrupt.
     """
     keys = list(keys)
     prefix = any(key.startswith(("text_model.", "vision_model.")) for key in state)
-    state = {key: tensor for key, tensor in state.items() if not key.endswith("embeddings.position_ids")}
-    return to_ours(state, transformers_names(keys, prefix))
+    unused = _unused(state, keys, "text_model.encoder.layers." if prefix else "encoder.layers.")
+    known = without(state, lambda key: key.endswith("embeddings.position_ids") or key.startswith(unused))
+    return to_ours(known, transformers_names(keys, prefix))
 
 
 def to_transformers(state: Mapping[str, Tensor], prefix: bool = True) -> dict[str, Tensor]:
@@ -76,21 +77,16 @@ def to_transformers(state: Mapping[str, Tensor], prefix: bool = True) -> dict[st
 
 
 def from_open_clip(state: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
-    """An OpenCLIP state dict under our names. Raises WeightsError.
-
-    Left out, as no diffusion model uses them: the temperature, and where our network does not project the pooled text
-    (SD 2.x), the projection and the last block.
-    """
+    """An OpenCLIP state dict under our names, without what is unused. Raises WeightsError."""
     keys = list(keys)
-    names = open_clip_names(keys)
-    wanted = {their for theirs in names.values() for their in theirs}
-    state = {key: tensor for key, tensor in state.items() if key in wanted or not _is_extra(key, keys)}
-    return _transposed(to_ours(state, names), "projection.weight")
+    unused = _unused(state, keys, "transformer.resblocks.")
+    known = without(state, lambda key: key.startswith(unused))
+    return to_ours(_transposed(known, ("text_projection", "visual.proj")), open_clip_names(keys))
 
 
 def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `from_open_clip`; the temperature is that of all published models, 100."""
-    published = to_theirs(_transposed(state, "projection.weight"), open_clip_names(state))
+    published = to_theirs(_transposed(state, ("projection.weight",)), open_clip_names(state))
     if _is_vision(state):
         return published
     return published | {"logit_scale": torch.tensor(LOGIT_SCALE, dtype=state["positions"].dtype)}
@@ -100,12 +96,15 @@ def _is_vision(keys: Iterable[str]) -> bool:
     return "class_token" in keys
 
 
-def _is_extra(key: str, keys: list[str]) -> bool:
+def _unused(state: Iterable[str], keys: list[str], block: str) -> tuple[str, ...]:
+    """Beginnings of names that no diffusion model reads: the temperature, and where a projection of the pooled text is
+    in the file but not in our network (SD 2.x), it and the last block."""
+    if _is_vision(keys) or "projection.weight" in keys or not any(key.startswith("text_projection") for key in state):
+        return ("logit_scale",)
     depth = 1 + max(int(our.split(".")[1]) for our in keys if our.startswith("blocks."))
-    unused = () if "projection.weight" in keys else ("text_projection", f"transformer.resblocks.{depth}.")
-    return key == "logit_scale" or key.startswith(unused)
+    return ("logit_scale", "text_projection", f"{block}{depth}.")
 
 
-def _transposed(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+def _transposed(state: Mapping[str, Tensor], names: tuple[str, ...]) -> Mapping[str, Tensor]:
     """OpenCLIP multiplies from the left: x P, where a linear layer computes x W^T."""
-    return {key: tensor.t().contiguous() if key == name else tensor for key, tensor in state.items()}
+    return changed(state, lambda key, tensor: tensor.t().contiguous() if key in names else tensor)

@@ -6,21 +6,18 @@ from typing import NamedTuple
 
 from ldm.weights.formats import Shapes
 from ldm.weights.ledger import listing
+from ldm.weights.places import PREFIXES
 
-PREFIXES = {  # part of an original single file -> component, by the names diffusers has for the folders
-    "model.diffusion_model.": "unet",
-    "first_stage_model.": "vae",
-    "cond_stage_model.transformer.": "text_encoder",  # SD 1.x
-    "cond_stage_model.model.": "text_encoder",  # SD 2.x, OpenCLIP's names
-    "conditioner.embedders.0.transformer.": "text_encoder",  # SDXL
-    "conditioner.embedders.1.model.": "text_encoder_2",
-    "conditioner.embedders.0.model.": "text_encoder_2",  # the refiner
-}
 BARE = {  # one component alone, without a prefix: a key that only it has
     "input_blocks.0.0.weight": ("unet", "original"),
     "down_blocks.0.resnets.0.norm1.weight": ("unet", "diffusers"),
     "encoder.down.0.block.0.norm1.weight": ("vae", "original"),
     "encoder.down_blocks.0.resnets.0.norm1.weight": ("vae", "diffusers"),
+    "text_model.final_layer_norm.weight": ("text_encoder", "original"),
+    "final_layer_norm.weight": ("text_encoder", "original"),  # as transformers 5 saves it
+    "vision_model.post_layernorm.weight": ("image_encoder", "diffusers"),
+    "ln_final.weight": ("text_encoder_2", "open_clip"),
+    "visual.ln_post.weight": ("image_encoder", "open_clip"),  # OpenCLIP's files hold both towers
 }
 EMA = "model_ema."
 SCHEDULE = (
@@ -28,7 +25,12 @@ SCHEDULE = (
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
     "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
 )  # fmt: skip
-EXTRAS = {*SCHEDULE, "logvar", "lvlb_weights", "scale_factor", "denoiser.sigmas"}  # known, and of no use here
+MARKERS = {"v_pred": ("prediction", "v"), "ztsnr": ("zero_terminal_snr", True)}  # empty tensors of community files
+EXTRAS = {  # known, and of no use here
+    *SCHEDULE, *MARKERS, "logvar", "lvlb_weights", "scale_factor", "denoiser.sigmas",
+    "cond_stage_model.logit_scale", "cond_stage_model.text_projection",
+    "conditioner.embedders.0.logit_scale", "conditioner.embedders.0.text_projection",
+}  # fmt: skip
 TRAINING = ("loss.",)  # an autoencoder's discriminator and perceptual network
 LOOKS: dict[str, str] = {  # a piece of a key -> what has such keys; the first row that matches
     r"lora_(up|down|A|B|unet|te)|\.lora[._]|lora_layer|hada_w|lokr_w|oft_": "a LoRA, an addition to a base model",
@@ -43,13 +45,18 @@ LOOKS: dict[str, str] = {  # a piece of a key -> what has such keys; the first r
     r"resblocks\.|text_model\.|vision_model\.": "a CLIP encoder",
 }
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL", 1280: "SDXL refiner"}  # by text width
-WORDS = {"vae": "an autoencoder", "text_encoder": "a text encoder", "text_encoder_2": "a text encoder"}
+WORDS = {
+    "vae": "an autoencoder",
+    "text_encoder": "a text encoder",
+    "text_encoder_2": "a text encoder",
+    "image_encoder": "an image encoder",
+}
 
 
 class Part(NamedTuple):
     """The tensors of one component in a file: their names in its layout -> in the file."""
 
-    layout: str  # original | diffusers
+    layout: str  # original | diffusers | open_clip
     names: dict[str, str]
 
 
@@ -59,15 +66,14 @@ def find_parts(keys: Iterable[str], *, ema: bool) -> tuple[dict[str, Part], list
     ema: the averaged weights of the UNet, where a training checkpoint holds them beside the others.
     """
     keys = set(keys)
-    for marker, (component, layout) in BARE.items():
-        if marker in keys:
-            extras = {key for key in keys if layout == "original" and _is_extra(key)}
-            return {component: Part(layout, {key: key for key in keys - extras})}, []
-    parts, rest = {}, []
+    if parts := _bare_parts(keys):
+        used = {key for part in parts.values() for key in part.names}
+        return parts, sorted(key for key in keys - used if not _is_extra(key))
+    rest, places = [], {}
     for key in sorted(keys):
-        prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), None)
-        if prefix:
-            parts.setdefault(PREFIXES[prefix], Part("original", {})).names[key.removeprefix(prefix)] = key
+        place = next((place for prefix, place in PREFIXES.items() if key.startswith(prefix)), None)
+        if place and places.setdefault(place.folder, place) == place:  # a second one of its kind is of no use
+            parts.setdefault(place.folder, Part(place.layout, {})).names[key.removeprefix(place.prefix)] = key
         elif not _is_extra(key):
             rest.append(key)
     averaged = {name for name in keys if name.startswith(EMA)}
@@ -77,6 +83,17 @@ def find_parts(keys: Iterable[str], *, ema: bool) -> tuple[dict[str, Part], list
         parts["unet"] = Part("original", names)
         rest += sorted(lost)
     return parts, rest if parts else sorted(keys)
+
+
+def _bare_parts(keys: set[str]) -> dict[str, Part]:
+    """Components in a file without prefixes: one, or the two towers of OpenCLIP."""
+    parts = {}
+    for marker, (component, layout) in BARE.items():
+        if marker in keys:
+            tower = {key for key in keys if key.startswith("visual.") == marker.startswith("visual.")}
+            extras = {key for key in tower if layout == "original" and _is_extra(key)}
+            parts[component] = Part(layout, {key: key for key in tower - extras})
+    return parts
 
 
 def _is_extra(key: str) -> bool:

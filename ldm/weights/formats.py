@@ -33,7 +33,7 @@ VAE_FIXED = {"act_fn": "silu"}
 
 def unet_from_config(config: Config) -> Config:
     """Arguments of `UNet` from the config.json of a UNet2DConditionModel. Raises WeightsError."""
-    _check_fixed(config, UNET_FIXED)
+    check_fixed(config, UNET_FIXED)
     widths = config.get("block_out_channels", [320, 640, 1280, 1280])
     kinds = config.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
     has_text = [{"CrossAttnDownBlock2D": True, "DownBlock2D": False}.get(kind) for kind in kinds]
@@ -173,7 +173,7 @@ def unet_to_config(net: UNet) -> Config:
 
 def vae_from_config(config: Config) -> Config:
     """Arguments of `AutoencoderKL` from the config.json of diffusers' class of that name. Raises WeightsError."""
-    _check_fixed(config, VAE_FIXED)
+    check_fixed(config, VAE_FIXED)
     kinds = set(config.get("down_block_types", ["DownEncoderBlock2D"])) | set(
         config.get("up_block_types", ["UpDecoderBlock2D"])
     )
@@ -260,8 +260,13 @@ def multiples(widths: list[int]) -> list[int]:
 
 
 def check_bounds(arguments: Config) -> Config:
-    """The arguments, when each is a number in bounds or a short list of them: a file must not build a monster."""
+    """The arguments, when each is a number in bounds or a short list of them: a file must not build a monster.
+
+    Of the rest, an activation, the constructor itself takes only what it knows.
+    """
     for name, value in arguments.items():
+        if name == "activation":
+            continue
         numbers = value if isinstance(value, list) else [value]
         most = MAX_REPEATS if name in REPEATS else MAX_NUMBER
         if len(numbers) > MAX_REPEATS or not all(n is None or isinstance(n, int) and 0 <= n <= most for n in numbers):
@@ -269,7 +274,8 @@ def check_bounds(arguments: Config) -> Config:
     return arguments
 
 
-def _check_fixed(config: Config, fixed: Config) -> None:
+def check_fixed(config: Config, fixed: Config) -> None:
+    """WeightsError where a knob of another program changes the result and has another value than the one here."""
     for name, expected in fixed.items():
         if (value := config.get(name, expected)) != expected:
             raise WeightsError(f"config.json has {name}={str(value)[:60]}, this network is for {expected!r} only")

@@ -5,7 +5,7 @@ several tensors of theirs, stacked along the first axis. Values are never change
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,32 @@ from ldm.utils.errors import WeightsError
 
 Table = Sequence[tuple[str, ...]]
 Names = dict[str, tuple[str, ...]]  # our key -> their keys
+
+
+class Lazy(Mapping):
+    """A state dict whose tensors are made when they are asked for, and not kept."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]):
+        self.makers = makers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.makers)
+
+    def __len__(self) -> int:
+        return len(self.makers)
+
+
+def changed(state: Mapping[str, Tensor], change: Callable[[str, Tensor], Tensor]) -> Lazy:
+    """The state dict with every tensor changed; `change` also gets its name."""
+    return Lazy({name: lambda name=name: change(name, state[name]) for name in state})
+
+
+def without(state: Mapping[str, Tensor], is_extra: Callable[[str], bool]) -> Lazy:
+    """The state dict without some names."""
+    return Lazy({name: lambda name=name: state[name] for name in state if not is_extra(name)})
 
 
 def translate(key: str, table: Table) -> tuple[str, ...]:

@@ -1,40 +1,27 @@
 """Published weights into our networks and back, every key accounted for and no bit changed."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ldm.io.folders import appearing
-from ldm.io.stored import Stored
 from ldm.io.tensors import write_tensors
 from ldm.io.text import write_json
 from ldm.utils.errors import ConfigError, LdmError, WeightsError
-from ldm.weights.components import COMPONENTS, Component, component_of
-from ldm.weights.detect import looks_like
+from ldm.weights.components import COMPONENTS, component_of
+from ldm.weights.detect import MARKERS, looks_like
 from ldm.weights.formats import Config, check_bounds
-from ldm.weights.ledger import listing
-from ldm.weights.sources import Source, open_source, shapes_of
+from ldm.weights.formats_clip import text_used
+from ldm.weights.ledger import Lazy, listing
+from ldm.weights.places import places_of
+from ldm.weights.sources import UNUSED, Source, open_source, shapes_of
 
 LAYOUTS = ("original", "diffusers")
-
-
-class Reading(Mapping):
-    """The tensors of a file as a state dict: each is read, cast and moved when it is asked for, and not kept."""
-
-    def __init__(self, stored: Mapping[str, Stored], dtype: torch.dtype | None, device: torch.device | str):
-        self.stored, self.dtype, self.device = stored, dtype, device
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.stored[name].read(self.dtype, self.device)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
-
-    def __len__(self) -> int:
-        return len(self.stored)
+MALFORMED = (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, AttributeError)  # of a table not foreseen
 
 
 def load_model(
@@ -48,44 +35,72 @@ def load_model(
 ) -> nn.Module:
     """A published network in eval mode, from a diffusers folder or an original file. Raises WeightsError.
 
-    component: "unet", "vae"; by default the only one there, of a whole system its UNet. dtype: None keeps the file's.
-    variant: of a folder's files, such as "fp16". ema: the averaged weights where a training checkpoint has both.
+    component: "unet", "vae", "text_encoder", "text_encoder_2", "image_encoder"; by default the only one there, of a
+    whole system its UNet. dtype: None keeps the file's. variant: of a folder's files, such as "fp16". ema: the averaged
+    weights where a training checkpoint has both.
     """
     return load_source(open_source(Path(path), component, variant=variant, ema=ema), dtype, device)
 
 
-def load_source(source: Source, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> nn.Module:
-    """The network of an opened source. Nothing is read before every name and shape has been found right."""
-    component = COMPONENTS[source.component]
-    net = _build(source, component)
-    translate = component.layouts[source.layout].read
+def load_source(
+    source: Source, dtype: torch.dtype | None, device: torch.device | str = "cpu", *, whole: bool = False
+) -> nn.Module:
+    """The network of an opened source. Nothing is read before every name and shape has been found right.
+
+    whole: with the last block and projection of a text encoder that no system reads (SD 2.x).
+    """
+    net = _build(source, whole)
+    translate = COMPONENTS[source.component].layouts[source.layout].read
     keys = net.state_dict()
     _check(source, keys, translate)
-    net.load_state_dict(translate(Reading(source.stored, dtype, device), keys), assign=True)
+    reading = Lazy({name: partial(stored.read, dtype, device) for name, stored in source.stored.items()})
+    net.load_state_dict(translate(reading, keys), assign=True)
     return net.eval()
 
 
-def _build(source: Source, component: Component) -> nn.Module:
-    """The network without memory of its own."""
+def arguments_of(source: Source, *, whole: bool = False) -> Config:
+    """The arguments of a source's network, from its config.json, from what we wrote into the file, or from its shapes.
+
+    Raises WeightsError for what describes none; `whole` as in `load_source`.
+    """
+    component = COMPONENTS[source.component]
+    has_config = source.config is not None and not (whole and source.arguments)
     try:
-        if source.config is not None:
+        if has_config:
             arguments = component.from_config(source.config)
         else:
             arguments = source.arguments or component.from_shapes(shapes_of(source.stored))
-        with torch.device("meta"):
-            return component.network(**check_bounds(arguments))
+            if source.in_system and source.component == "text_encoder" and not whole:
+                arguments = text_used(arguments, source.layout)
+        return check_bounds(arguments)
     except LdmError as error:
         raise WeightsError(f"{source.path}: {error}") from error
-    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
-        what = looks_like(shapes_of(source.stored)) if source.config is None else "its config.json"
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
-        raise WeightsError(f"{source.path}: {what} describes no {source.component} ({reason})") from error
+    except MALFORMED as error:
+        raise _undescribed(source, error) from error
+
+
+def _build(source: Source, whole: bool) -> nn.Module:
+    """The network without memory of its own."""
+    arguments = arguments_of(source, whole=whole)
+    try:
+        with torch.device("meta"):
+            return COMPONENTS[source.component].network(**arguments)
+    except LdmError as error:
+        raise WeightsError(f"{source.path}: {error}") from error
+    except MALFORMED as error:
+        raise _undescribed(source, error) from error
+
+
+def _undescribed(source: Source, error: Exception) -> WeightsError:
+    what = looks_like(shapes_of(source.stored)) if source.config is None else "its config.json"
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+    return WeightsError(f"{source.path}: {what} describes no {source.component} ({reason})")
 
 
 def _check(source: Source, keys: Mapping[str, Tensor], translate) -> None:
     """Translate tensors that have shapes only, and compare them with the network's."""
-    odd = sorted(name for name, stored in source.stored.items() if not stored.dtype.is_floating_point)
-    if odd:
+    whole_numbers = (name for name, stored in source.stored.items() if not stored.dtype.is_floating_point)
+    if odd := sorted(name for name in whole_numbers if not name.endswith("position_ids")):
         dtype = source.stored[odd[0]].dtype
         raise WeightsError(f"{source.path}: {listing(odd)} are {dtype}, expected floating-point weights (quantised?)")
     shapes = {name: torch.empty(stored.shape, device="meta") for name, stored in source.stored.items()}
@@ -109,31 +124,68 @@ def save_model(
     config: entries of config.json that a network does not know, such as an autoencoder's scaling_factor. `dst` must not
     exist, and does not after a failure. Raises WeightsError, ConfigError.
     """
-    if layout == "diffusers":
-        with appearing(Path(dst)) as folder:
-            write_folder(net, folder, config)
-    else:
-        write_original({component_of(net): net}, Path(dst), layout)
+    if layout not in LAYOUTS:
+        raise ConfigError(f"{dst}: layout={layout!r} is not known; expected one of {', '.join(LAYOUTS)}")
+    if layout == "original":
+        return write_original({component_of(net): net}, Path(dst))
+    with appearing(Path(dst)) as folder:
+        write_folder(net, folder, config)
 
 
-def write_folder(net: nn.Module, folder: Path, config: Config | None = None) -> None:
-    """config.json and weights into an existing folder."""
+def write_folder(net: nn.Module, folder: Path, config: Config | None = None, used: Config | None = None) -> None:
+    """config.json and weights into an existing folder.
+
+    used: arguments of the network that a system makes of this one; what else it holds goes into a file of its own.
+    """
     component = COMPONENTS[component_of(net)]
+    state = component.layouts["diffusers"].write(net.state_dict())
+    if used:
+        arguments = component.arguments(net)
+        with torch.device("meta"):
+            net = component.network(**used)
+        names = component.layouts["diffusers"].write(net.state_dict()).keys()
+        unused = {name: tensor for name, tensor in state.items() if name not in names}
+        write_tensors(folder / UNUSED, unused, {folder.name: arguments})
+        state = {name: state[name] for name in names}
     write_json(folder / "config.json", component.to_config(net) | (config or {}))
-    write_tensors(folder / f"{component.file}.safetensors", component.layouts["diffusers"].write(net.state_dict()))
+    write_tensors(folder / f"{component.files['.safetensors']}.safetensors", state)
 
 
-def write_original(nets: Mapping[str, nn.Module], dst: Path, layout: str = "original") -> None:
-    """One file of one component, or of several under the prefixes of a whole system."""
-    if layout != "original" or dst.suffix != ".safetensors":
-        raise ConfigError(f"{dst}, layout={layout!r}: expected a .safetensors file and one of {', '.join(LAYOUTS)}")
-    if dst.exists():
-        raise WeightsError(f"{dst}: already exists; choose another name or delete it")
+def write_original(
+    nets: Mapping[str, nn.Module], dst: Path, system: str | None = None, settings: Config | None = None
+) -> None:
+    """One file of one component, or of several, by their names, where those of the system are.
+
+    settings: what the networks do not show (`pipeline`), for this program; the markers of SDXL's are for others too.
+    """
+    check_destination(dst)
+    metadata = {name: COMPONENTS[name].arguments(net) for name, net in nets.items()}
+    metadata |= {"settings": settings} if settings else {}
     state = {}
     for name, net in nets.items():
         component = COMPONENTS[name]
-        prefix = component.prefix if len(nets) == 1 else component.system_prefix
-        published = component.layouts["original"].write(net.state_dict())
+        prefix, layout = (component.prefix, "original") if len(nets) == 1 else _place(name, system, dst)
+        published = component.layouts[layout].write(net.state_dict())
         state |= {prefix + key: tensor for key, tensor in published.items()}
+    if system and system.startswith("sdxl"):
+        found = (settings or {}).items()
+        state |= {name: torch.zeros(0) for name, setting in MARKERS.items() if setting in found}
     dst.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(dst, state, {name: COMPONENTS[name].arguments(net) for name, net in nets.items()})
+    write_tensors(dst, state, metadata)
+
+
+def check_destination(dst: Path) -> None:
+    """ConfigError, WeightsError where no file of original layout can be written."""
+    if dst.suffix != ".safetensors":
+        raise ConfigError(f"{dst}: expected a .safetensors file for the original layout")
+    if os.path.lexists(dst):
+        raise WeightsError(f"{dst}: already exists; choose another name or delete it")
+
+
+def _place(component: str, system: str | None, dst: Path) -> tuple[str, str]:
+    """Prefix and layout of a component in the original file of a system."""
+    for place in places_of(system) if system else ():
+        if place.folder == component:
+            return place.prefix, place.layout
+    what = f"of system {system}" if system else "without a UNet"
+    raise WeightsError(f"{dst}: {component} has no place in an original file {what}; write it alone, with --component")

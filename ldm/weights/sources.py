@@ -3,19 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm.io.stored import Stored, index_tensors
 from ldm.io.tensors import PICKLES, read_header
 from ldm.io.text import read_config
 from ldm.utils.errors import DataError, WeightsError
 from ldm.weights.components import COMPONENTS
-from ldm.weights.detect import find_parts, looks_like
+from ldm.weights.detect import Part, find_parts, looks_like
 from ldm.weights.formats import Config
 from ldm.weights.ledger import listing
 
 DEFAULT = "unet"  # of a whole system
 SUFFIXES = (".safetensors", ".bin")
+UNUSED = "unused.safetensors"  # beside a text encoder: what only its original file has, SD 2's last block
 
 
 @dataclass(frozen=True)
@@ -23,36 +24,74 @@ class Source:
     """One component: its tensors by their names in the layout, none of them read yet."""
 
     path: Path
-    component: str
-    layout: str  # original | diffusers
+    component: str  # by the name of its folder
+    layout: str  # original | diffusers | open_clip
     stored: Mapping[str, Stored]
-    config: Config | None  # config.json of a folder
-    arguments: Config | None  # of our constructor, where the file was written by us
+    config: Config | None = None  # config.json of a folder
+    arguments: Config | None = None  # of our constructor, for all that is stored, where the file was written by us
+    in_system: bool = False  # the file holds a whole system
 
 
 def open_source(path: Path, component: str | None = None, *, variant: str | None = None, ema: bool = True) -> Source:
     """The component asked for; by default the only one there, of a whole system its UNet. Raises WeightsError."""
-    if not path.exists():
-        raise WeightsError(f"{path}: no such file or folder")
-    return _open_folder(path, component, variant) if path.is_dir() else _open_file(path, component, ema)
+    _check_exists(path)
+    if path.is_dir():
+        return _open_folder(path, component, variant)
+    contents = _contents(path, ema)
+    first = DEFAULT if DEFAULT in contents.parts else next(iter(contents.parts))
+    return _open_part(path, component or first, contents)
+
+
+def open_sources(path: Path, *, variant: str | None = None, ema: bool = True) -> dict[str, Source]:
+    """Every component that can be loaded, by name. Raises WeightsError."""
+    _check_exists(path)
+    if not path.is_dir():
+        contents = _contents(path, ema)
+        return {name: _open_part(path, name, contents) for name in contents.parts if name in COMPONENTS}
+    names = [name for name in components_in(path) if name in COMPONENTS]
+    return {name: _open_folder(path, name, variant) for name in names}
 
 
 def components_in(path: Path) -> list[str]:
     """Names of all components, whether this program has a network for them or not."""
+    _check_exists(path)
     if not path.is_dir():
-        return list(_parts(path, ema=False)[1])
+        return list(_contents(path, ema=False).parts)
     if (path / "config.json").is_file():
         return [_component_of_config(path, _config(path))]
-    return sorted(folder.parent.name for folder in path.glob("*/config.json") if _weights_of(folder.parent))
+    return sorted(folder.parent.name for folder in path.glob("*/config.json") if weights_in(folder.parent))
 
 
-def _weights_of(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.suffix in (*SUFFIXES, *PICKLES)]
+def weights_in(folder: Path) -> list[Path]:
+    """The files of weights in a folder."""
+    return sorted(path for path in folder.iterdir() if path.suffix in (*SUFFIXES, *PICKLES))
 
 
-def _open_file(path: Path, component: str | None, ema: bool) -> Source:
-    index, parts = _parts(path, ema)
-    name = component or (DEFAULT if DEFAULT in parts else next(iter(parts)))
+def _check_exists(path: Path) -> None:
+    if not path.exists():
+        raise WeightsError(f"{path}: no such file or folder")
+
+
+class Contents(NamedTuple):
+    """What one file holds."""
+
+    index: dict[str, Stored]
+    parts: dict[str, Part]
+    ours: Config  # arguments by component, where we wrote it
+
+
+def _contents(path: Path, ema: bool) -> Contents:
+    index = index_tensors(path)
+    parts, unknown = find_parts(index, ema=ema)
+    if unknown:
+        raise WeightsError(f"{path}: {looks_like(shapes_of(index))}; of no known part: {listing(unknown)}")
+    if not parts:
+        raise WeightsError(f"{path}: {looks_like(shapes_of(index))}; expected weights of a known layout")
+    return Contents(index, parts, read_header(path).ldm if path.suffix == ".safetensors" else {})
+
+
+def _open_part(path: Path, name: str, contents: Contents) -> Source:
+    index, parts, ours = contents
     if name not in parts or name not in COMPONENTS:
         there = [part for part in parts if part in COMPONENTS]
         raise WeightsError(f"{path}: no component {name!r} that can be loaded; there is {', '.join(there) or 'none'}")
@@ -61,19 +100,8 @@ def _open_file(path: Path, component: str | None, ema: bool) -> Source:
     if layout == "diffusers":
         if not (path.parent / "config.json").is_file():
             raise WeightsError(f"{path}: of the diffusers layout, which needs its config.json beside the file")
-        return Source(path, name, layout, stored, _config(path.parent), None)
-    ours = read_header(path).ldm.get(name) if path.suffix == ".safetensors" else None
-    return Source(path, name, layout, stored, None, ours)
-
-
-def _parts(path: Path, ema: bool) -> tuple[dict[str, Stored], dict]:
-    index = index_tensors(path)
-    parts, unknown = find_parts(index, ema=ema)
-    if unknown:
-        raise WeightsError(f"{path}: {looks_like(shapes_of(index))}; of no known part: {listing(unknown)}")
-    if not parts:
-        raise WeightsError(f"{path}: {looks_like(shapes_of(index))}; expected weights of a known layout")
-    return index, parts
+        return Source(path, name, layout, stored, _config(path.parent))
+    return Source(path, name, layout, stored, arguments=ours.get(name), in_system=len(parts) > 1)
 
 
 def _open_folder(path: Path, component: str | None, variant: str | None) -> Source:
@@ -88,7 +116,10 @@ def _open_folder(path: Path, component: str | None, variant: str | None) -> Sour
         raise WeightsError(f"{path}: holds the component {name!r}, not {component!r}")
     if name not in COMPONENTS:
         raise WeightsError(f"{folder}: holds a {name}; what can be loaded is {', '.join(COMPONENTS)}")
-    return Source(folder, name, "diffusers", _index_folder(folder, COMPONENTS[name].file, variant), config, None)
+    stored, ours = _index_folder(folder, COMPONENTS[name].files, variant), None
+    if (unused := folder / UNUSED).is_file():
+        stored, ours = stored | index_tensors(unused), read_header(unused).ldm.get(name)
+    return Source(folder, name, "diffusers", stored, config, ours)
 
 
 def _config(folder: Path) -> Config:
@@ -99,23 +130,26 @@ def _config(folder: Path) -> Config:
 
 
 def _component_of_config(folder: Path, config: Config) -> str:
-    """By the class that config.json names; that of a class unknown here is its own name."""
+    """By the class that config.json names, and where two components are of one class by the folder's name; that of a
+    class unknown here is its own name."""
     kind = config.get("_class_name") or next(iter(config.get("architectures") or ["?"]))
-    return next((name for name, row in COMPONENTS.items() if row.class_name == kind), str(kind)[:80])
+    names = [name for name, row in COMPONENTS.items() if kind in row.class_names] or [str(kind)[:80]]
+    return folder.name if folder.name in names else names[0]
 
 
-def _index_folder(folder: Path, stem: str, variant: str | None) -> dict[str, Stored]:
+def _index_folder(folder: Path, stems: Mapping[str, str], variant: str | None) -> dict[str, Stored]:
     """Of the variant asked for, by default none, else fp16: safetensors before pickles, one file before shards."""
     for choice in [variant] if variant else [None, "fp16"]:
-        for suffix in SUFFIXES:
+        for suffix, stem in stems.items():
             dotted = f".{choice}" if choice else ""
             if (file := folder / f"{stem}{dotted}{suffix}").is_file():
                 return index_tensors(file)
             for index in (f"{stem}{suffix}.index{dotted}.json", f"{stem}{dotted}{suffix}.index.json"):
                 if (folder / index).is_file():
                     return _index_shards(folder / index)
-    there = sorted(path.name for path in _weights_of(folder))
+    stem = stems[".safetensors"]
     wanted = f"{stem}.{variant}" if variant else stem
+    there = [path.name for path in weights_in(folder)]
     raise WeightsError(f"{folder}: no {wanted} weights; there are {', '.join(there[:5]) or 'none'}")
 
 

@@ -124,6 +124,9 @@ def scheduler(name, system="sd15"):
         "pndm": lambda: diffusers.PNDMScheduler(**common, skip_prk_steps=True, set_alpha_to_one=False),
         "ddim": lambda: diffusers.DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=False),
         "euler": lambda: diffusers.EulerDiscreteScheduler(**common, timestep_spacing="leading"),
+        "euler_trailing": lambda: diffusers.EulerDiscreteScheduler(**common, timestep_spacing="trailing"),
+        "euler_ancestral": lambda: diffusers.EulerAncestralDiscreteScheduler(**common, timestep_spacing="leading"),
+        "dpm_karras": lambda: diffusers.DPMSolverMultistepScheduler(**common, use_karras_sigmas=True),
         "zero_snr": lambda: diffusers.DDIMScheduler(
             **common,
             clip_sample=False,

@@ -1,5 +1,7 @@
 """CLIP against transformers: both text models, the vision model, the tokenizer; OpenCLIP against torch's own layers."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -7,9 +9,9 @@ from torch.nn import functional as F
 
 from ldm.conditioning.clip import CLIPText, CLIPTextEncoder, CLIPVision
 from ldm.conditioning.clip_image import CLIPImageEncoder, preprocess
-from ldm.conditioning.clip_tokenizer import CLIPTokenizer
+from ldm.conditioning.clip_tokenizer import CLIPTokenizer, read_clip_tokenizer
 from ldm.weights.clip import from_open_clip, from_transformers, to_open_clip, to_transformers
-from tests.test_clip import toy_vocabulary
+from tests.test_clip import published_vocabulary, toy_vocabulary
 
 transformers = pytest.importorskip("transformers")
 
@@ -242,3 +244,14 @@ def test_tokens_equal_transformers(text, pad, tokenizer):
     expected = theirs(text, truncation=True, max_length=77).input_ids
     expected += [theirs.eos_token_id if pad else 0] * (77 - len(expected))
     assert tokenizer.encode([text], pad=None if pad else 0)[0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("pad", [49407, 0])
+def test_published_vocabulary_equals_transformers(pad):
+    ours = read_clip_tokenizer(published_vocabulary())
+    model = json.loads(ours.to_json())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    theirs = transformers.CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=77)
+    texts = [*TEXTS, "a photo of a cat", "Kraków's 1990s café — 50% off :-) (a:1.3) [b]", "\U0001f468\u200d\U0001f469"]
+    expected = [row + [pad] * (77 - len(row)) for row in theirs(texts, truncation=True, max_length=77).input_ids]
+    assert ours.encode(texts, pad=pad)[:, 0].tolist() == expected

@@ -14,9 +14,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ldm.build import compose
-from ldm.generate import Edit, Refiner, Sampling, generate
+from ldm.generate import Refiner, Sampling, generate
 from ldm.models import codec
 from ldm.published import load_published
+from ldm.tools.gallery import read_edit
 
 diffusers = pytest.importorskip("diffusers", reason="the parity extra is not installed")
 transformers = pytest.importorskip("transformers", reason="the parity extra is not installed")
@@ -30,6 +31,9 @@ OURS = {  # the scheduler of theirs -> the overrides of ours
     "pndm": ["sampler=plms", "times=leading"],
     "ddim": ["sampler=ddim", "times=leading"],
     "euler": ["sampler=euler", "times=leading"],
+    "euler_trailing": ["sampler=euler", "times=trailing"],
+    "euler_ancestral": ["sampler=euler_ancestral", "times=leading"],
+    "dpm_karras": ["sampler=dpm_solver", "times=karras"],
     "zero_snr": ["sampler=ddim", "times=trailing"],
 }
 LAYOUTS = ("folder", "file")
@@ -50,6 +54,7 @@ class Case:
     size: tuple[int, int] = (64, 96)
     strength: float = 1.0
     seeds: tuple[int, ...] = (0, 7)
+    eta: float = 0.0
     handover: float | None = None  # to the refiner
 
 
@@ -74,8 +79,8 @@ def theirs(case):
     if case.task != "text":
         arguments |= {"image": [pil(picture(case.size))] * len(case.seeds), "strength": case.strength}
     if case.task == "inpaint":
-        arguments |= {"mask_image": [pil(255 * mask(case.size))] * len(case.seeds)}
-    optional = {"guidance_rescale": case.rescale, "denoising_end": case.handover}
+        arguments |= {"mask_image": [pil(mask(case.size))] * len(case.seeds)}
+    optional = {"guidance_rescale": case.rescale, "denoising_end": case.handover, "eta": case.eta}
     latents = call(pipe, case, **arguments, **{name: value for name, value in optional.items() if value})
     if case.handover:
         pipe = their_pipeline("sdxl_refiner")
@@ -105,9 +110,10 @@ def picture(size):
 
 
 def mask(size):
-    """1 H W of 0 and 1: a rectangle whose edges fall between the pixels of latents."""
+    """1 H W uint8: a rectangle whose edges fall between the pixels of latents, with a border of greys."""
     m = torch.zeros(1, *size, dtype=torch.uint8)
-    m[:, 11:45, 21:61] = 1
+    m[:, 9:47, 17:61] = torch.tensor([100, 127, 128, 200], dtype=torch.uint8).repeat(11)
+    m[:, 13:43, 21:57] = 255
     return m
 
 
@@ -149,26 +155,34 @@ def load(saved):
 
 
 @pytest.fixture
-def ours(load, monkeypatch):
+def ours(load, monkeypatch, tmp_path):
     """ours(case, layout) -> Drawn, by the way that sample.py goes; what it rounds to bytes is seen before."""
     seen = []
     decode, rounded = codec.LatentCodec.decode, codec.to_uint8
     monkeypatch.setattr(codec.LatentCodec, "decode", lambda self, x: (seen.append(x), decode(self, x))[1])
     monkeypatch.setattr(codec, "to_uint8", lambda x: (seen.append(x), rounded(x))[1])
 
+    def pictures(case):
+        paths = {"image": tmp_path / "image.png"} if case.task != "text" else {}
+        paths |= {"mask": tmp_path / "mask.png"} if case.task == "inpaint" else {}
+        for path, image in zip(paths.values(), (picture, mask), strict=False):
+            pil(image(case.size)).convert("RGB").save(path)
+        return paths
+
     def draw(case, layout):
         run = load(case.system, layout)
         knobs = [f"steps={case.steps}", f"guidance.scale={case.guidance}", f"guidance.rescale={case.rescale}"]
-        sampling = Sampling.from_config(compose("sample", ["dialect=diffusers", *OURS[case.scheduler], *knobs]))
-        part = mask(case.size).float() if case.task == "inpaint" else None
+        knobs += [f"sampler.eta={case.eta}"] if case.eta else []
+        knobs += [f"{name}={path}" for name, path in pictures(case).items()] + [f"strength={case.strength}"]
+        cfg = compose("sample", ["dialect=diffusers", *OURS[case.scheduler], *knobs])
         generate(
             run.objective,
             case.prompts,
             case.seeds,
-            sampling,
+            Sampling.from_config(cfg),
             image_size=case.size,
             negative=case.negative,
-            edit=None if case.task == "text" else Edit(picture(case.size), case.strength, part),
+            edit=read_edit(cfg, list(case.size)),
             refiner=Refiner(load("sdxl_refiner", layout).objective, case.handover) if case.handover else None,
         )
         return Drawn(*seen)
@@ -190,12 +204,15 @@ CASES = {
     "sd15 euler": Case("sd15", "euler", size=(96, 64), rescale=0.7),
     "sd15 pndm, odd latents": Case("sd15", "pndm", size=(72, 88), steps=10, negative="", guidance=12),
     "sd15 ddim, no guidance": Case("sd15", "ddim", steps=7, guidance=1, prompts=PROMPTS[:1], seeds=(5,)),
+    "sd15 ddim, eta": Case("sd15", "ddim", eta=1.0, steps=5),
+    "sd15 dpm karras": Case("sd15", "dpm_karras", steps=6, negative="cat"),
     # ... image to image
     "sd15 image ddim": Case("sd15", "ddim", "image", steps=6, strength=0.5),
     "sd15 image euler": Case("sd15", "euler", "image", steps=5, strength=0.75, size=(96, 64), negative="photo"),
     "sd15 image ddim, all": Case("sd15", "ddim", "image", strength=1.0, size=(64, 64), guidance=4),
     "sd15 image euler, little": Case("sd15", "euler", "image", steps=10, strength=0.2, seeds=(2,), prompts=PROMPTS[1:]),
     "sd15 image ddim, cut": Case("sd15", "ddim", "image", steps=9, strength=0.45, size=(88, 72), negative=""),
+    "sd15 image dpm karras": Case("sd15", "dpm_karras", "image", steps=8, strength=0.6),
     # ... inpainting with an ordinary model
     "sd15 mask ddim": Case("sd15", "ddim", "inpaint"),
     "sd15 mask euler": Case("sd15", "euler", "inpaint", size=(96, 64), negative="cat", steps=5),
@@ -204,6 +221,7 @@ CASES = {
     "sd15 mask euler, odd": Case(
         "sd15", "euler", "inpaint", size=(72, 88), strength=0.9, seeds=(4,), prompts=PROMPTS[:1]
     ),
+    "sd15 mask ddim, eta": Case("sd15", "ddim", "inpaint", eta=0.5),
     # ... and with nine channels
     "inpaint ddim": Case("sd15_inpaint", "ddim", "inpaint"),
     "inpaint pndm": Case("sd15_inpaint", "pndm", "inpaint", steps=7, negative="photo"),
@@ -225,6 +243,9 @@ CASES = {
     "sdxl euler, negative": Case("sdxl", "euler", negative="photo", size=(96, 64), steps=5),
     "sdxl euler, empty negative": Case("sdxl", "euler", negative="", guidance=5),
     "sdxl ddim, rescaled": Case("sdxl", "ddim", size=(72, 88), rescale=0.6),
+    "sdxl euler trailing": Case("sdxl", "euler_trailing", steps=5, negative="", size=(96, 64)),
+    "sdxl euler ancestral": Case("sdxl", "euler_ancestral", steps=5),
+    "sdxl dpm karras": Case("sdxl", "dpm_karras", steps=7, size=(72, 88), negative="red"),
     "sdxl image": Case("sdxl", "euler", "image", steps=6, strength=0.5),
     "sdxl image, negative": Case("sdxl", "ddim", "image", steps=5, strength=0.8, size=(96, 64), negative="red cat"),
     "sdxl mask": Case("sdxl", "euler", "inpaint", strength=0.9999),
@@ -232,6 +253,7 @@ CASES = {
     "sdxl inpaint, part": Case(
         "sdxl_inpaint", "euler", "inpaint", steps=5, strength=0.6, negative="photo", size=(96, 64)
     ),
+    "sdxl inpaint, dpm karras": Case("sdxl_inpaint", "dpm_karras", "inpaint", steps=6),
     # its refiner on pictures
     "refiner": Case("sdxl_refiner", "euler", "image", steps=8, strength=0.3),
     "refiner, negative": Case("sdxl_refiner", "euler", "image", steps=5, strength=0.6, negative="cat", size=(96, 64)),
@@ -243,8 +265,16 @@ CASES = {
 }
 
 
+DIFFERS = {
+    "sd15 mask pndm": "diffusers re-noises what a mask keeps also in the guess of PLMS' first step, ours after a step",
+    "sd15 mask ddim, eta": "diffusers draws a posterior that it does not use before the sampler's first noise",
+}
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_pipeline(name, ours):
+def test_pipeline(name, ours, request):
+    if name in DIFFERS:
+        request.applymarker(pytest.mark.xfail(reason=DIFFERS[name], strict=True))
     case, layout = CASES[name], LAYOUTS[list(CASES).index(name) % 2]
     mine, expected = ours(case, layout), theirs(case)
     errors = {what: error(getattr(mine, what), getattr(expected, what)) for what in Drawn._fields}
@@ -278,7 +308,8 @@ def test_conditions(system, text, load, monkeypatch):
     prompts, negative = TEXTS[text]
     conditioner = load(system, LAYOUTS[len(text) % 2]).objective.conditioner
     for encoder in conditioner.encoders.values():
-        monkeypatch.setattr(encoder, "chunks", 1, raising=False)  # as diffusers cuts a prompt that is too long
+        if encoder.field == "caption":
+            monkeypatch.setattr(encoder, "chunks", 1)  # as diffusers cuts a prompt that is too long
     sizes = [(64, 96, 8, 16, 128, 80)] * len(prompts)
     instead = {} if negative is None else {"caption": [negative] * len(prompts)}
     cond, null = conditioner.pair({"caption": list(prompts), "size": sizes}, **instead)
@@ -317,8 +348,8 @@ def test_clip_skip(system, clip_skip, load, monkeypatch):
     """Layers left out beyond those that the system leaves out; theirs does so for the prompt alone."""
     monkeypatch.setattr(transformers.CLIPTextModel, "text_model", property(lambda self: self), raising=False)
     conditioner = load(system, "folder").objective.conditioner
-    for name, encoder in conditioner.encoders.items():
-        if name.startswith("clip"):
+    for encoder in conditioner.encoders.values():
+        if encoder.field == "caption":
             monkeypatch.setattr(encoder, "skip", encoder.skip + clip_skip)
     cond = conditioner({"caption": list(PROMPTS), "size": [(64, 96, 0, 0, 64, 96)] * 2})
     expected, _ = their_conditions(system, list(PROMPTS), None, clip_skip=clip_skip)

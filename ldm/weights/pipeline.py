@@ -1,0 +1,164 @@
+"""What a diffusers pipeline holds besides its networks: settings, read and written; schedulers and vocabularies."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.conditioning.clip_tokenizer import BOS, EOS, LENGTH, read_clip_tokenizer
+from ldm.io.files import replacing
+from ldm.io.stored import index_tensors
+from ldm.io.tensors import read_header
+from ldm.io.text import read_config, write_json
+from ldm.utils.errors import DataError, WeightsError
+from ldm.weights.detect import MARKERS
+from ldm.weights.formats import Config
+from ldm.weights.places import places_of
+
+CLASSES = {
+    "sd15": "StableDiffusionPipeline",
+    "sd15_inpaint": "StableDiffusionInpaintPipeline",
+    "sd21": "StableDiffusionPipeline",
+    "sd21_base": "StableDiffusionPipeline",
+    "sd21_inpaint": "StableDiffusionInpaintPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sdxl_inpaint": "StableDiffusionXLInpaintPipeline",
+    "sdxl_refiner": "StableDiffusionXLImg2ImgPipeline",
+}
+VERSION = "0.30.0"  # of diffusers, whose form of these files is written; its inpainting asks for one
+BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+COMMON = BETAS | {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1}
+PNDM = COMMON | {"_class_name": "PNDMScheduler", "prediction_type": "epsilon"}
+DDIM = COMMON | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+EULER = COMMON | {
+    "_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon", "timestep_spacing": "leading",
+    "interpolation_type": "linear", "use_karras_sigmas": False,
+}  # fmt: skip
+SCHEDULERS = {"sd15": PNDM, "sd15_inpaint": PNDM, "sd21": DDIM, "sd21_base": PNDM, "sd21_inpaint": PNDM}  # else EULER
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+MODEL_SPEC = {"epsilon": "eps", "v": "v"}  # `modelspec.prediction_type` in the header of community files
+SCHEDULE = {"rescale_betas_zero_snr": "zero_terminal_snr"} | {name: name for name in BETAS}
+TYPES = {
+    "prediction": (str,), "zero_terminal_snr": (bool,), "zero_null": (bool,), "scale": (int, float),
+    "shift": (int, float), "num_train_timesteps": (int,), "beta_start": (int, float), "beta_end": (int, float),
+    "beta_schedule": (str,),
+}  # fmt: skip
+SCALES = {"scaling_factor": "scale", "shift_factor": "shift"}
+LATENT_SCALES = {"sd15": 0.18215, "sd21": 0.18215, "sdxl": 0.13025, "sdxl_refiner": 0.13025}  # by family
+
+
+def read_settings(path: Path) -> Config:
+    """What the files of a system say besides the networks: those of the settings of `TYPES` that they do say.
+
+    Raises WeightsError for values that cannot be.
+    """
+    settings = _folder_settings(path) if path.is_dir() else _file_settings(path)
+    for name, value in settings.items():
+        if type(value) not in TYPES.get(name, ()) or (name == "prediction" and value not in PREDICTIONS.values()):
+            raise WeightsError(f"{path}: says {str(name)[:60]}={str(value)[:60]}, which is no setting of a system")
+    return settings
+
+
+def _folder_settings(path: Path) -> Config:
+    scheduler = read_scheduler(path)
+    settings = _renamed(scheduler, SCHEDULE) | _renamed(_optional(path / "vae/config.json"), SCALES)
+    settings |= _renamed(_optional(path / "model_index.json"), {"force_zeros_for_empty_prompt": "zero_null"})
+    kind = scheduler.get("prediction_type")
+    return settings | ({"prediction": PREDICTIONS.get(str(kind), kind)} if kind else {})
+
+
+def _file_settings(path: Path) -> Config:
+    names = index_tensors(path)
+    settings = dict(setting for name, setting in MARKERS.items() if name in names)
+    if path.suffix != ".safetensors":
+        return settings
+    header = read_header(path)
+    if kind := MODEL_SPEC.get(header.metadata.get("modelspec.prediction_type", "")):
+        settings["prediction"] = kind
+    ours = header.ldm.get("settings")
+    return settings | (ours if isinstance(ours, dict) else {})
+
+
+def read_scheduler(path: Path) -> Config:
+    """scheduler_config.json of a pipeline folder, or nothing."""
+    return _optional(path / "scheduler/scheduler_config.json")
+
+
+def read_tokenizer(path: Path) -> str | None:
+    """The vocabulary of a pipeline folder as JSON, or None: all encoders of a system share one."""
+    for folder in (path / "tokenizer", path / "tokenizer_2"):
+        if folder.is_dir():
+            return read_clip_tokenizer(folder).to_json()
+    return None
+
+
+def write_pipeline(folder: Path, system: str, settings: Config, scheduler: Config, tokenizer: str | None) -> None:
+    """All of a pipeline but its networks, which are in the folder: model_index.json, the scheduler (where none is
+    given, the published one), and for each text encoder its vocabulary."""
+    scheduler = scheduler or _published_scheduler(system, settings)
+    (folder / "scheduler").mkdir()
+    write_json(folder / "scheduler/scheduler_config.json", scheduler)
+    index = {"_class_name": CLASSES[system], "_diffusers_version": VERSION}
+    index["scheduler"] = ["diffusers", scheduler.get("_class_name", "PNDMScheduler")]
+    for place in places_of(system):
+        config = read_config(folder / place.folder / "config.json")
+        is_text = place.folder.startswith("text_encoder")
+        kind = config["architectures"][0] if is_text else config["_class_name"]
+        index[place.folder] = ["transformers" if is_text else "diffusers", kind]
+        if is_text:
+            name = place.folder.replace("text_encoder", "tokenizer")
+            index[name] = ["transformers", "CLIPTokenizer"] if tokenizer else [None, None]
+            if tokenizer:
+                write_tokenizer(folder / name, tokenizer, EOS if place.slot == "clip_l" else "!")
+    write_json(folder / "model_index.json", index | _pipeline_knobs(system, settings))
+
+
+def _pipeline_knobs(system: str, settings: Config) -> Config:
+    """Arguments of the pipeline's class, and the parts that it has not."""
+    if not system.startswith("sdxl"):
+        return {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    is_refiner = system == "sdxl_refiner"
+    knobs = {"force_zeros_for_empty_prompt": settings.get("zero_null", not is_refiner)}
+    if system != "sdxl":
+        knobs["requires_aesthetics_score"] = is_refiner
+    return knobs | ({"text_encoder": [None, None], "tokenizer": [None, None]} if is_refiner else {})
+
+
+def _published_scheduler(system: str, settings: Config) -> Config:
+    """scheduler_config.json as its authors published it, but with the settings that the files say."""
+    config = SCHEDULERS.get(system, EULER) | {name: settings[name] for name in BETAS if name in settings}
+    kinds = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    config |= {"prediction_type": kinds[settings["prediction"]]} if "prediction" in settings else {}
+    if settings.get("zero_terminal_snr"):
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return config
+
+
+def write_tokenizer(folder: Path, tokenizer: str, pad: str) -> None:
+    """The files from which transformers makes a CLIPTokenizer; `pad` is the token after the end of a prompt."""
+    table = json.loads(tokenizer)
+    vocab = table["model"]["vocab"]
+    added = {token["content"]: token["id"] for token in table["added_tokens"] if token["content"] not in vocab}
+    pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in table["model"]["merges"])
+    marks = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": pad}
+    config = marks | {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH}
+    folder.mkdir()
+    write_json(folder / "vocab.json", vocab)
+    with replacing(folder / "merges.txt") as file:
+        file.write("\n".join(["#version: 0.2", *pairs, ""]).encode())
+    write_json(folder / "special_tokens_map.json", marks)
+    write_json(folder / "tokenizer_config.json", config)
+    if added:
+        write_json(folder / "added_tokens.json", added)
+
+
+def _optional(path: Path) -> Config:
+    try:
+        return read_config(path) if path.is_file() else {}
+    except DataError as error:
+        raise WeightsError(str(error)) from error
+
+
+def _renamed(config: Mapping[str, Any], names: Mapping[str, str]) -> Config:
+    """The entries that have a name here and a value, under our names."""
+    return {ours: config[name] for name, ours in names.items() if config.get(name) is not None}
