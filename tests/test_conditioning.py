@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
 
 from ldm.conditioning import tokenizers
 from ldm.conditioning.conditioner import Conditioner, Encoder

@@ -22,7 +22,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.codec import PixelCodec
 from ldm.models.unet import UNet
 from ldm.training.distributed import ALONE
-from ldm.utils.errors import WeightsError
+from ldm.utils.errors import LdmError
 from ldm.weights import load_model, save_model
 from ldm.weights.places import places_of
 from train import train
@@ -151,6 +151,7 @@ TINY = ["data=shapes", "image_size=32", "limit=8", "preview=none", "ema=none", "
         "trainer.precision=fp32", "trainer.batch_size=4", "trainer.accumulate=1", "trainer.workers=0",
         "trainer.log_every=1"]  # fmt: skip
 LEARN = "optimizer.lr=3e-3"
+PREVIEWS = ["preview=samples", "preview.count=2", "steps=2", "trainer.sample_every=40"]
 
 
 def tune(run, experiment, weights, *overrides, steps=3):
@@ -190,16 +191,17 @@ def test_a_run_from_weights_resumes_to_the_same_losses_without_them(systems, tmp
 
 def test_inpainting_starts_where_the_four_channels_were(systems, tmp_path):
     plain = tune(tmp_path / "plain", "finetune_sd15", systems["sd15"], LEARN)
-    losses = tune(tmp_path / "mask", "finetune_inpaint", systems["sd15"], LEARN, steps=40)
+    losses = tune(tmp_path / "mask", "finetune_inpaint", systems["sd15"], LEARN, *PREVIEWS, steps=40)
     assert losses[0] == plain[0] and losses[2] != plain[2]
     assert falls(losses)
     net = load_run(tmp_path / "mask").objective.denoiser.net
     assert net.in_channels == 9 and net.encoder.conv_in.weight[:, 4:].abs().sum() > 0
+    assert (tmp_path / "mask/samples/step_00000040.png").exists()
     assert len(load_run(tmp_path / "mask").generate(["a cat"], steps=2)) == 1
 
 
 def test_inpainting_needs_a_file_of_its_family(systems, tmp_path):
-    with pytest.raises(WeightsError, match="sdxl"):
+    with pytest.raises(LdmError, match="holds sdxl, but the config is of system=sd15_inpaint"):
         tune(tmp_path, "finetune_inpaint", systems["sdxl"])
 
 

@@ -16,8 +16,7 @@ from ldm.models.codec import LatentCodec, PixelCodec
 from ldm.models.unet import UNet
 from ldm.utils.errors import ConfigError, DataError, WeightsError
 from ldm.utils.seeding import Noise, keys, randn_like
-from ldm.weights.expand import expand_input, to_inpainting
-from ldm.weights.unet import to_diffusers
+from ldm.weights.expand import expand_input
 
 KEYS = keys(0, "mask", torch.arange(400))
 
@@ -222,18 +221,3 @@ def test_new_channels_learn():
     x, image, context = torch.randn(1, 4, 8, 8), torch.ones(1, 5, 8, 8), torch.randn(1, 5, 8)
     wide(x, torch.zeros(1), context=context, image=image).sum().backward()
     assert wide.encoder.conv_in.weight.grad[:, 4:].abs().sum() > 0
-
-
-def test_an_inpainting_model_of_a_fine_tuned_one():
-    base, inpainting, custom = (to_diffusers(unet(c, s).state_dict()) for c, s in ((4, 0), (9, 1), (4, 2)))
-    merged = to_inpainting(custom, inpainting, base)
-    kernels = merged["conv_in.weight"]
-    assert torch.equal(kernels[:, 4:], inpainting["conv_in.weight"][:, 4:])
-    for name, weight in merged.items():
-        difference = inpainting[name][:, :4] if name == "conv_in.weight" else inpainting[name]
-        expected = custom[name] + difference - base[name]
-        torch.testing.assert_close(weight[:, :4] if name == "conv_in.weight" else weight, expected)
-    same = to_inpainting(base, inpainting, base)
-    assert all(torch.allclose(same[name], inpainting[name], atol=1e-6) for name in same)
-    with pytest.raises(WeightsError, match="differ in 1 "):
-        to_inpainting(custom, inpainting, {k: v for k, v in base.items() if k != "conv_in.bias"})

@@ -71,7 +71,7 @@ def unet(system):
     widths, attends, depth, heads = {
         "sd15": ((32, 64, 64, 64), (1, 1, 1, 0), 1, 8),
         "sd21": ((64, 64, 128, 128), (1, 1, 1, 0), 1, [1, 1, 2, 2]),
-        "sdxl": ((64, 64, 128), (0, 1, 1), [1, 1, 2], [1, 1, 2]),
+        "sdxl": ((64, 64, 128), (0, 1, 1), [1, 1, 2], [1, 1, 2]),  # depth 2 in the last level and the middle
         "sdxl_refiner": ((64, 64, 128, 128), (0, 1, 1, 0), 1, [1, 1, 2, 2]),
     }[kind]
     numbers = {"sdxl": 6, "sdxl_refiner": 5}.get(kind, 0)
@@ -117,7 +117,7 @@ def vae(system):
 
 
 def scheduler(name, system="sd15"):
-    """As the published scheduler_config.json of each system have them; "zero_snr" as arXiv:2305.08891 asks."""
+    """As the published scheduler_config.json have them; "zero_snr" as arXiv:2305.08891 asks."""
     prediction = "v_prediction" if system in ("sd21", "sd21_zero_snr") else "epsilon"
     common = BETAS | {"prediction_type": prediction}
     return {
@@ -144,8 +144,9 @@ def parts(system):
     if kind in ("sd15", "sd21"):
         name, pad = {"sd15": ("clip_l", "<|endoftext|>"), "sd21": ("clip_h", "!")}[kind]
         return networks | {"text_encoder": text_encoder(name), "tokenizer": tokenizer(pad)}
-    first = {"text_encoder": text_encoder("clip_l"), "tokenizer": tokenizer()} if kind == "sdxl" else {}
-    first = first or {"text_encoder": None, "tokenizer": None}
+    first = {"text_encoder": None, "tokenizer": None}
+    if kind == "sdxl":
+        first = {"text_encoder": text_encoder("clip_l"), "tokenizer": tokenizer()}
     return networks | first | {"text_encoder_2": text_encoder("clip_g"), "tokenizer_2": tokenizer("!")}
 
 
@@ -155,12 +156,11 @@ TASKS = {"text": "", "image": "Img2Img", "inpaint": "Inpaint"}
 def pipeline(system):
     """The pipeline that the system is published as."""
     task = "inpaint" if system.endswith("inpaint") else "image" if system == "sdxl_refiner" else "text"
-    extra = {} if "sdxl" in system else {"safety_checker": None, "feature_extractor": None}
-    if "sdxl" not in system:
-        extra["requires_safety_checker"] = False
-    if system == "sdxl_refiner":
-        extra = {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}
-    pipe = pipeline_class(system, task)(**parts(system), **extra)
+    knobs = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    if "sdxl" in system:
+        is_refiner = system == "sdxl_refiner"
+        knobs = {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False} if is_refiner else {}
+    pipe = pipeline_class(system, task)(**parts(system), **knobs)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -235,7 +235,7 @@ POSITION_IDS = "text_model.embeddings.position_ids"
 
 
 def open_clip(state):
-    """The text tower of transformers under OpenCLIP's names; one without a projection leaves out the last block."""
+    """The text tower of transformers under OpenCLIP's names; SD 2's gets the block and projection it never uses."""
     out = {"logit_scale": torch.tensor(4.6)}
     for key, tensor in state.items():
         key = key.removeprefix("text_model.").replace("text_projection.weight", "text_projection")
