@@ -252,6 +252,7 @@ def test_moments_are_what_encoding_draws_from():
     codec, images = LatentCodec(tiny(), 0.5, 0.1), pictures(3, 3, 8, 12)
     moments = codec.moments(images)
     assert moments.shape == (3, 8, 4, 6) and moments.dtype == torch.float32
+    assert moments.is_contiguous() and codec.decode(codec.draw(moments)).is_contiguous()  # whatever it computes in
     torch.testing.assert_close(moments, torch.cat(tiny().encode(to_float(images)), 1))
     assert torch.equal(codec.draw(moments), codec.encode(images))
     assert torch.equal(codec.draw(moments, Noise([1, 2, 3])), codec.encode(images, Noise([1, 2, 3])))

@@ -105,7 +105,7 @@ class LatentCodec(nn.Module):
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
         """Mean and clamped log-variance of the posterior before scaling: (B 3 H W) uint8 -> (B 2C H/f W/f) float32."""
-        return self._finite(lambda vae, x: torch.cat(vae.encode(x), dim=1), to_float(images))
+        return self._finite(lambda vae, x: torch.cat(vae.encode(x), dim=1), to_float(images.to(self.scale.device)))
 
     def draw(self, moments: Tensor, generator: "torch.Generator | Noise | None" = None) -> Tensor:
         """Scaled latents of `moments` (B 2C h w) -> (B C h w): a draw with a generator, the mode without."""
@@ -126,10 +126,10 @@ class LatentCodec(nn.Module):
         return super().train(False)
 
     def _finite(self, compute: Callable[[AutoencoderKL, Tensor], Tensor], x: Tensor) -> Tensor:
-        """compute(autoencoder, x) in float32, images outside the range of the autoencoder's dtype computed again."""
+        """compute(autoencoder, x) in float32 and NCHW; images that overflow the autoencoder's dtype computed again."""
         dtype = next(self.autoencoder.parameters()).dtype
         with torch.autocast(x.device.type, enabled=False):
-            y = compute(self.autoencoder, x.to(dtype)).float()
+            y = compute(self.autoencoder, x.to(dtype)).float().contiguous()
             if dtype != torch.float16 or (finite := y.isfinite().flatten(1).all(1)).all():
                 return y
             if not self.overflowed:
