@@ -1,6 +1,7 @@
 """Multi-head attention for the whole project: one `scaled_dot_product_attention`, two modules with fused projections.
 
-A mask is boolean, True = keep. An image whose mask keeps nothing gets zeros, not NaN (torch >= 2.5).
+A boolean mask keeps what is True; one of numbers is added to the scores. An image whose mask keeps nothing gets zeros,
+not NaN (torch >= 2.5).
 """
 
 import torch.nn.functional as F
@@ -11,19 +12,25 @@ from ldm.nn.linear import Linear
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v per head, Eq. (1) of arXiv:1706.03762.
+    """softmax(scale q k^T) v per head, Eq. (1) of arXiv:1706.03762; scale is 1 / sqrt(d) where not given.
 
     q: B N (H d); k, v: B L (H d); mask: B L, or anything that broadcasts to B H N L. Returns B N (H d).
     """
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # B H N d
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None, :]  # B 1 1 L
-    if mask is None and not causal and blockwise_is_faster(q, k):
+    if mask is None and not causal and scale is None and blockwise_is_faster(q, k):
         out = BlockAttention.apply(q, k, v)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     return out.transpose(1, 2).flatten(2)  # B N (H d), a view: the kernels return it in this order
 
 
@@ -53,9 +60,11 @@ class SelfAttention(nn.Module):
         bias: bool = False,
         out_bias: bool = True,
         qk_norm: bool = False,
+        scale: float | None = None,
     ):
         super().__init__()
         self.num_heads = num_heads
+        self.scale = scale
         self.qkv = Linear(dim, 3 * num_heads * head_dim, bias=bias)
         self.qk_norm = QKNorm(head_dim) if qk_norm else None
         self.out = Linear(num_heads * head_dim, dim, bias=out_bias)
@@ -64,7 +73,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # B N (H d)
         if self.qk_norm is not None:
             q, k = self.qk_norm(q, k)
-        return self.out(attention(q, k, v, self.num_heads, mask, causal))
+        return self.out(attention(q, k, v, self.num_heads, mask, causal, self.scale))
 
 
 class CrossAttention(nn.Module):

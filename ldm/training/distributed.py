@@ -25,13 +25,13 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def wrap(self, objective: nn.Module, find_unused: bool = False) -> nn.Module:
+    def wrap(self, objective: nn.Module) -> nn.Module:
         """The objective, with gradients averaged over ranks; its buffers stay those of each rank's own images."""
         if self.size == 1:
             return objective
         renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # in torch 2.15
         keep = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-        return DistributedDataParallel(objective, find_unused_parameters=find_unused, **keep)
+        return DistributedDataParallel(objective, **keep)
 
     def agree(self, number: int) -> int:
         """The largest number any rank brings, a signal for instance; on the host, so no accelerator is waited for."""

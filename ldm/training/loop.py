@@ -40,7 +40,6 @@ class Trainer:
     max_bad_steps: int = 5  # steps in a row with a non-finite loss or gradient that are skipped before the run stops
     compile: bool = False  # torch.compile of the network
     channels_last: bool = False  # memory layout of images and kernels
-    find_unused: bool = False  # DDP: some parameters take no part in some steps
     workers: int = 0  # processes that decode data
     log_every: int = 50  # steps; 0 = never, here and below
     sample_every: int = 0
@@ -104,7 +103,7 @@ def fit(
         state = session.resume()
         signals = stack.enter_context(Signals())
         report = stack.enter_context(Report(run.path, trainer, hooks or Hooks(), signals, state, world))
-        model = world.wrap(objective, trainer.find_unused)
+        model = world.wrap(objective)
         batches = batches_from(state["step"])
         for step in range(state["step"] + 1, trainer.steps + 1):
             torch.manual_seed(key(seed, "model", step, world.rank))
