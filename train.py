@@ -29,6 +29,7 @@ def train(cfg: dict, path: Path, device, world) -> dict:
     from ldm.build import build_conditioner, build_held_out, build_objective, make, write_config
     from ldm.data.loader import batches
     from ldm.published import begin
+    from ldm.tools.precompute import precompute
     from ldm.tools.previews import Previews
     from ldm.tools.profile import profiled
     from ldm.training.loop import fit, prepare
@@ -45,14 +46,17 @@ def train(cfg: dict, path: Path, device, world) -> dict:
     torch.manual_seed(key(cfg["seed"], "init"))
     vocabulary = files.get("tokenizer.json", vocabulary)
     conditioner, cfg["conditioner"], files = build_conditioner(cfg["conditioner"], data, vocabulary, networks)
+    images = torch.utils.data.Subset(data, range(min(cfg["limit"], len(data)))) if cfg["limit"] else data
+    if cfg["cache"]:
+        images, conditioner = precompute(images, codec, conditioner, cfg["cache"], key=files, device=device,
+                                         workers=trainer.workers)  # fmt: skip
     objective, network, cfg["network"] = build_objective(cfg, codec, conditioner, networks)
     prepare(objective, network, trainer, device)
     optimizer = make(cfg["optimizer"])(objective)
     ema = make(cfg["ema"], batch_size=trainer.batch_size)(objective) if cfg["ema"] else None
 
-    images = torch.utils.data.Subset(data, range(min(cfg["limit"], len(data)))) if cfg["limit"] else data
-    feed = partial(batches, images, trainer.batch_size, seed=cfg["seed"], workers=trainer.workers, flip=cfg["flip"],
-                   rank=world.rank, world_size=world.size)  # fmt: skip
+    feed = partial(batches, images, trainer.batch_size, seed=cfg["seed"], flip=cfg["flip"], rank=world.rank,
+                   world_size=world.size, workers=0 if cfg["cache"] else trainer.workers)  # fmt: skip
     previews = Previews(cfg, path, build_held_out(cfg["data"], data), objective, ema)
     logger = make(cfg["logger"], run_dir=path, config=cfg) if cfg["logger"] else None
     hooks = Hooks(previews.sample, previews.evaluate, logger)

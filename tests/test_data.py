@@ -93,7 +93,7 @@ def test_one_folder_per_class(tmp_path, place):
 
 def test_images_without_words(tmp_path):
     data = ImageFolder(write(tmp_path, {"all/a.png": PNG, "all/b.JPG": PNG}), image_size=8)
-    assert list(data[0]) == ["image"] and list(data.captions()) == [] and data.prompts(2) == []
+    assert list(data[0]) == ["image", "size", "index"] and list(data.captions()) == [] and data.prompts(2) == []
     with pytest.raises(IndexError):
         data[2]
 
@@ -106,12 +106,12 @@ def test_an_image_may_have_several_captions_and_another_field(tmp_path):
 
 def test_splits_are_disjoint_whole_and_stable(tmp_path):
     write(tmp_path, {f"{i:03d}.png": picture((i, i, i)) for i in range(60)})
-    names = {s: {n for n, _ in ImageFolder(tmp_path, image_size=2, split=s, held_out=0.3).samples}
+    names = {s: {n.name for n in ImageFolder(tmp_path, image_size=2, split=s, held_out=0.3).samples}
              for s in ("train", "held_out", None)}  # fmt: skip
     assert names["train"] | names["held_out"] == names[None] and not names["train"] & names["held_out"]
     assert 6 <= len(names["held_out"]) <= 30
     write(tmp_path, {f"a{i:03d}.png": picture((i, i, i)) for i in range(60)})
-    more = {n for n, _ in ImageFolder(tmp_path, image_size=2, split="held_out", held_out=0.3).samples}
+    more = {n.name for n in ImageFolder(tmp_path, image_size=2, split="held_out", held_out=0.3).samples}
     assert names["held_out"] <= more
 
 
@@ -309,7 +309,7 @@ class Preempted(Numbers):
 def test_errors_of_workers_arrive_as_one_line():
     with pytest.raises(DataError, match=r"^item \d cannot be read$"):
         first(1, Fails(5), 2, workers=1)
-    with pytest.raises(DataError, match=r"^a data worker died or hung before step 0 \(DataLoader worker") as error:
+    with pytest.raises(DataError, match=r"^a data worker died or hung after 0 batches \(DataLoader worker") as error:
         first(1, Kills(5), 2, workers=1)
     assert "\n" not in str(error.value)
 

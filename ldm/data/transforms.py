@@ -7,15 +7,22 @@ from torch import Tensor
 from ldm.utils.seeding import uniform
 
 
-def resize_crop(image: Tensor, size: int) -> Tensor:
-    """The centre square of an image, resized with an antialiased bicubic filter: uint8 (3, H, W) -> (3, size, size)."""
-    height, width = image.shape[1:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = image[:, top : top + side, left : left + side]
-    if side == size:
-        return square.contiguous()
-    return F.interpolate(square[None], (size, size), mode="bicubic", antialias=True)[0].contiguous()
+def resize_crop(image: Tensor, height: int, width: int | None = None) -> Tensor:
+    """The middle of an image, as much as has the aspect ratio of (height, width), resized to that: uint8 (3, H, W).
+
+    An antialiased bicubic filter; without a width, a square.
+    """
+    h, w = height, width or height
+    full_h, full_w = image.shape[1:]
+    if h * full_w >= w * full_h:
+        crop_h, crop_w = full_h, max(1, round(w * full_h / h))
+    else:
+        crop_h, crop_w = max(1, round(h * full_w / w)), full_w
+    top, left = (full_h - crop_h) // 2, (full_w - crop_w) // 2
+    crop = image[:, top : top + crop_h, left : left + crop_w]
+    if (crop_h, crop_w) == (h, w):
+        return crop.contiguous()
+    return F.interpolate(crop[None], (h, w), mode="bicubic", antialias=True)[0].contiguous()
 
 
 def flip(images: Tensor, keys: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class LatentCodec(nn.Module):
 
     def draw(self, moments: Tensor, generator: "torch.Generator | Noise | None" = None) -> Tensor:
         """Scaled latents of `moments` (B 2C h w) -> (B C h w): a draw with a generator, the mode without."""
-        z, logvar = moments.chunk(2, dim=1)
+        z, logvar = moments.float().chunk(2, dim=1)
         if generator is not None:
             z = sample_posterior(z, logvar, randn_like(z, generator))
         return (z - self.shift) * self.scale

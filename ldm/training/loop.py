@@ -146,7 +146,7 @@ def micro_batch(batch: dict, i: int, count: int, device: torch.device) -> dict:
     """The i-th of `count` equal parts; pictures go to the device, what the conditioner reads stays on the host."""
     size = len(batch["position"]) // count
     part = {k: v[i * size : (i + 1) * size] if isinstance(v, Tensor | list) else v for k, v in batch.items()}
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) and v.ndim > 1 else v for k, v in part.items()}
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) and v.ndim > 2 else v for k, v in part.items()}
 
 
 class Session:
