@@ -47,6 +47,8 @@ def load_published(
     )
     objective, _, cfg["network"] = build_objective(cfg, codec, conditioner, found.networks, training=False)
     objective.denoiser.dtype = None if dtype == "fp32" else DTYPES[dtype]
+    for name in conditioner.encoders.keys() & found.networks.keys():
+        conditioner.encoders[name].chunks = None  # long prompts continue, where training would cut them
     return Run(objective.to(device), cfg, step=0)
 
 

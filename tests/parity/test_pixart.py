@@ -6,7 +6,12 @@ import torch.nn.functional as F
 
 from ldm.models.pixart import ImageAttention, PixArt
 from ldm.weights.pixart import (
-    from_diffusers, from_original, pixart_from_config, pixart_to_config, to_diffusers, to_original,
+    from_diffusers,
+    from_original,
+    pixart_from_config,
+    pixart_to_config,
+    to_diffusers,
+    to_original,
 )  # fmt: skip
 
 diffusers = pytest.importorskip("diffusers")
