@@ -28,10 +28,12 @@ def train(cfg: dict, path: Path, device, world) -> dict:
 
     from ldm.build import build_conditioner, build_held_out, build_objective, make, write_config
     from ldm.data.loader import batches
+    from ldm.generate import load_run
     from ldm.published import begin
     from ldm.tools.precompute import precompute
     from ldm.tools.previews import Previews
     from ldm.tools.profile import profiled
+    from ldm.training.distill import DistillationObjective
     from ldm.training.loop import fit, prepare
     from ldm.training.report import Hooks
     from ldm.training.run import RunDirectory, continued
@@ -42,6 +44,11 @@ def train(cfg: dict, path: Path, device, world) -> dict:
     data = make(cfg["data"])
     stored, files = continued(path, resume)
     cfg, networks, vocabulary = begin(cfg, stored) if cfg["weights"] else (cfg, {}, None)
+    if cfg["teacher"]:  # its student is the same system, and begins as its copy
+        teacher = load_run(cfg["teacher"])
+        start, networks = teacher.objective.state_dict(), {"teacher": teacher.objective.denoiser}
+        stored, files = continued(cfg["teacher"], None)
+        cfg |= {name: stored[name] for name in ("codec", "conditioner", "network", "process", "prediction")}
     codec, cfg["codec"] = build_first_stage(cfg, stored, path, data, device, world, networks)
     torch.manual_seed(key(cfg["seed"], "init"))
     vocabulary = files.get("tokenizer.json", vocabulary)
@@ -51,9 +58,14 @@ def train(cfg: dict, path: Path, device, world) -> dict:
         images, conditioner = precompute(images, codec, conditioner, cfg["cache"], key=files, device=device,
                                          workers=trainer.workers)  # fmt: skip
     objective, network, cfg["network"] = build_objective(cfg, codec, conditioner, networks)
+    if cfg["teacher"]:
+        objective.load_state_dict(start)
+        objective.conditioner.requires_grad_(False)
     prepare(objective, network, trainer, device)
     optimizer = make(cfg["optimizer"])(objective)
     ema = make(cfg["ema"], batch_size=trainer.batch_size)(objective) if cfg["ema"] else None
+    if isinstance(objective, DistillationObjective):
+        objective.follow(ema)
 
     feed = partial(batches, images, trainer.batch_size, seed=cfg["seed"], flip=cfg["flip"], rank=world.rank,
                    world_size=world.size, workers=0 if cfg["cache"] else trainer.workers)  # fmt: skip

@@ -225,9 +225,10 @@ def build_objective(
     wanted = inspect.signature(kind).parameters
     image_channels = kind.image_channels(codec) if "denoiser" in wanted else 0
     network, node = build_network(cfg["network"], codec, conditioner, image_channels, networks.get("network"))
+    process = make(cfg["process"])
     parts: dict[str, Callable[[], Any]] = {
         "autoencoder": lambda: network,
-        "denoiser": lambda: Denoiser(network, make(cfg["process"]), make(cfg["prediction"])),
+        "denoiser": lambda: Denoiser(network, process, make(cfg["prediction"], process=process)),
         "codec": lambda: codec,
         "conditioner": lambda: conditioner,
         "discriminator": lambda: make(cfg["discriminator"]) if cfg["discriminator"] else None,
@@ -236,6 +237,7 @@ def build_objective(
         "density": lambda: make(cfg["density"]),
         "weighting": lambda: make(cfg["weighting"]),
         "masks": lambda: make(cfg["masks"]),
+        "teacher": lambda: networks["teacher"],
         "reconstruction": lambda: make(cfg["reconstruction"]),
         "perceptual": lambda: make(cfg["perceptual"]) if cfg["perceptual"] else None,
     }

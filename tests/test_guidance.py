@@ -137,6 +137,21 @@ def test_rescale_restores_the_deviation_of_the_networks_output():
     torch.testing.assert_close(denoise(x, 0.5), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_first_channels_alone_can_be_guided():
+    """DiT's forward_with_cfg, on F: the others of the cond half stay what the network said."""
+    d, x, cond, null = denoiser(f=prediction.Eps(), variance=True), images(), context(), context(seed=3)
+    t_net = torch.full((3,), d.process.net_time(0.5))
+    (F_cond, v), F_null = d.net(x, t_net, **cond).chunk(2, 1), d.net(x, t_net, **null)[:, :2]
+    F = torch.cat([F_null[:, :1] + 4 * (F_cond - F_null)[:, :1], F_cond[:, 1:]], dim=1)
+    x0, found = guidance.cfg(d, cond, null, scale=4.0, channels=1)(x, 0.5, variance=True)
+    torch.testing.assert_close(x0, d.prediction.to_x0(F, x, *d.process(0.5)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, v)  # not guided
+    both = guidance.cfg(d, cond, null, scale=4.0)(x, 0.5)
+    torch.testing.assert_close(guidance.cfg(d, cond, null, scale=4.0, channels=2)(x, 0.5), both)
+    with pytest.raises(ConfigError, match="channels=0"):
+        guidance.cfg(d, cond, null, scale=4.0, channels=0)
+
+
 def test_contexts_of_different_length_are_padded_and_masked():
     d, x, cond, null = denoiser(), images(), context(length=5), context(length=2, seed=3)
     with_cond, with_null = d(x, 0.5, **cond), d(x, 0.5, **null)

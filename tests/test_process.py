@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm.build import make
-from ldm.diffusion import prediction, process, times, weighting
+from ldm.diffusion import interpolant, prediction, process, times, weighting
 from ldm.utils.errors import ConfigError
 from tests.group_files import group, load
 
@@ -20,6 +20,8 @@ PROCESSES = {
     "edm": process.EDM(),
     "flow": process.RectifiedFlow(),
     "flow_shift": process.RectifiedFlow(3.0),
+    "sit_gvp": interpolant.GVP(),
+    "sit_vp": interpolant.VP(),
 }
 PREDICTIONS = [prediction.Eps(), prediction.X0(), prediction.V(), prediction.Flow(), prediction.EDMPrecond()]
 every_process = pytest.mark.parametrize("p", PROCESSES.values(), ids=PROCESSES)
@@ -263,7 +265,7 @@ def test_every_process_and_prediction_file_builds(path):
     node = load(path)
     if path.stem == "custom_betas":
         node["betas"] = [0.1, 0.2]
-    assert make(node) is not None
+    assert make(node, process=interpolant.Linear()) is not None
 
 
 @pytest.mark.parametrize("path", group("times"), ids=lambda p: p.stem)

@@ -34,17 +34,21 @@ def cfg(
     scale: float,
     rescale: float = 0.0,
     interval: Sequence[float] = (0.0, 1.0),
+    channels: int | None = None,
 ) -> Denoise:
     """Classifier-free guidance, x0 = null + scale (cond - null): Eq. (6), arXiv:2207.12598 with scale = w + 1.
 
     rescale mixes in the output brought back to the conditional one's deviation (§3.4, arXiv:2305.08891); outside
     interval = (low, high), in t, the conditional denoiser runs alone (arXiv:2404.07724), as it does for scale 1.
-    Both conditions run as one batch, `cond` first.
+    Both conditions run as one batch, `cond` first. channels = 3 guides only the first three, the others stay
+    conditional: what the published figures of DiT (arXiv:2212.09748) were drawn with, of 4.
     """
+    if channels is not None and channels < 1:
+        raise ConfigError(f"guidance.channels={channels}: guide at least 1 channel, or all with null")
     alone = none(denoiser, cond, null)
     if scale == 1 or not cond:  # an unconditional model has nothing to be guided to
         return alone
-    both = _stack(cond, null)
+    both = stack(cond, null)
     low, high = interval
 
     def denoise(x, t, *, variance=False):
@@ -53,6 +57,8 @@ def cfg(
         out = denoiser(torch.cat([x, x]), t, variance=variance, **both)
         x0_cond, x0_null = (out[0] if variance else out).chunk(2)
         x0 = torch.lerp(x0_null, x0_cond, scale)
+        if channels is not None:
+            x0 = torch.cat([x0[:, :channels], x0_cond[:, channels:]], dim=1)
         if rescale > 0:
             x0 = _rescale(denoiser, x0, x0_cond, x, t, rescale)
         return (x0, out[1].chunk(2)[0]) if variance else x0
@@ -81,7 +87,7 @@ def _rescale(denoiser: Denoiser, x0: Tensor, x0_cond: Tensor, x: Tensor, t: floa
     return c_skip * x + c_out * F * (amount * ratio + 1 - amount)
 
 
-def _stack(cond: dict, null: dict) -> dict:
+def stack(cond: dict, null: dict) -> dict:
     """Both conditions as one batch; the shorter context is padded, and masked so that padding is never attended to."""
     if cond.keys() != null.keys():
         raise ConfigError(f"guidance needs the same conditions twice, got {sorted(cond)} and {sorted(null)}")

@@ -55,10 +55,16 @@ class DiffusionObjective(nn.Module):
         x_t = alpha * x0 + sigma * eps  # Eq. (4), arXiv:2006.11239
         cond = self.conditioner(batch, key=self.seed)
         cond |= self.image_conditions(batch, x0.shape, BatchNoise(self.seed, "condition", position))
-        F, _ = self.denoiser.predict(x_t, process.net_time(t).float(), alpha, sigma, cond)
+        F, v = self.denoiser.predict(x_t, process.net_time(t).float(), alpha, sigma, cond)
         error = (F.float() - prediction.target(x0, eps, alpha, sigma)).square().flatten(1).mean(1)  # B
-        loss = (self.weighting(snr, gain) * error).mean()
-        return loss, {"loss": loss.detach(), "mse": error.detach().mean()}
+        others = self.other_losses(x0, x_t, t, F, v)
+        loss = (self.weighting(snr, gain) * error).mean() + sum(others.values())
+        logs = {"loss": loss, "mse": error.mean(), **others}
+        return loss, {name: value.detach() for name, value in logs.items()}
+
+    def other_losses(self, x0: Tensor, x_t: Tensor, t: Tensor, F: Tensor, v: Tensor | None) -> dict[str, Tensor]:
+        """Scalars by name that a subclass adds to the loss, of the two halves F and v of the network's output."""
+        return {}
 
     def latents(self, batch: dict) -> Tensor:
         noise = BatchNoise(self.seed, "posterior", batch["position"])

@@ -7,12 +7,19 @@
 | V    | alpha eps - sigma x0                             | alpha / (alpha^2 + sigma^2) | -sigma / (alpha^2 + sigma^2) |
 | Flow | eps - x0                                         | 1 / (alpha + sigma)         | -sigma / (alpha + sigma)     |
 | EDM  | (sigma/sigma_d x0 - alpha sigma_d eps) / sqrt(n) | alpha sigma_d^2 / n         | sigma sigma_d / sqrt(n)      |
+| SiT  | -(alpha' x0 + sigma' eps)                        | sigma' / w                  | sigma / w                    |
+| SiT  | -eps / sigma, the score                          | 1 / alpha                   | sigma^2 / alpha              |
 
-with n = (alpha sigma_d)^2 + sigma^2, the variance of x_t, and c_in = 1 / sqrt(n) on the EDM network's input.
+with n = (alpha sigma_d)^2 + sigma^2, the variance of x_t, and c_in = 1 / sqrt(n) on the EDM network's input;
+w = alpha sigma' - sigma alpha', and a dash for the slope in t of a path of arXiv:2401.08740.
 alpha and sigma are numbers, or tensors that broadcast against x_t.
 """
 
 from torch import Tensor
+
+from ldm.diffusion.interpolant import Interpolant
+from ldm.diffusion.process import Process
+from ldm.utils.errors import ConfigError
 
 Number = float | Tensor
 
@@ -105,3 +112,39 @@ class EDMPrecond(Prediction):
 
     def net_input(self, x_t, alpha, sigma):
         return x_t / self.std(alpha, sigma)
+
+
+class Velocity(Prediction):
+    """SiT's velocity from noise to data, arXiv:2401.08740: data - noise on the line, so minus that of `Flow`.
+
+    Raises ConfigError for a process that is none of SiT's paths.
+    """
+
+    def __init__(self, process: Process):
+        if not isinstance(process, Interpolant):
+            raise ConfigError(
+                f"prediction=sit_velocity is along a path of SiT, {type(process).__name__} is none: use "
+                "process=sit_linear, sit_gvp or sit_vp, or prediction=flow or v"
+            )
+        self.path = process
+
+    def coefficients(self, alpha, sigma):
+        alpha_slope, sigma_slope = self.path.slope(alpha, sigma)
+        w = alpha * sigma_slope - sigma * alpha_slope
+        return sigma_slope / w, sigma / w
+
+    def target(self, x0, eps, alpha, sigma):
+        alpha_slope, sigma_slope = self.path.slope(alpha, sigma)
+        return -(alpha_slope * x0 + sigma_slope * eps)
+
+
+class Score(Prediction):
+    """The gradient of log p(x_t), arXiv:2011.13456; weighting=snr makes of its error that of eps, as in SiT."""
+
+    needs_signal = True
+
+    def coefficients(self, alpha, sigma):
+        return 1 / alpha, sigma**2 / alpha
+
+    def target(self, x0, eps, alpha, sigma):
+        return -eps / sigma

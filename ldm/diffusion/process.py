@@ -6,6 +6,7 @@
 | VPCosine      | arXiv:2102.09672, arXiv:2301.11093 | cos(a t), sin(a t)                   | 1000 t                |
 | EDM           | arXiv:2206.00364                   | 1, sigma_max t^rho                   | ln(sigma) / 4         |
 | RectifiedFlow | arXiv:2209.03003, arXiv:2403.03206 | 1 - sigma, t (shifted)               | 1000 sigma            |
+| interpolant   | arXiv:2401.08740 (SiT)             | its three paths: interpolant.py      | 1 - t                 |
 
 Samplers ask with a number and get two Python floats; training asks with a tensor (B,) and gets tensors.
 """

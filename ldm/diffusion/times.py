@@ -101,6 +101,28 @@ def respaced(process: Process, steps: int | str, final: str | None = None) -> Te
     return _indices_to_times(torch.tensor(space_indices(T, steps)).flip(0), T, final)
 
 
+def sit(process: Process, steps: int, last: float = 0.04) -> Tensor:
+    """Even steps from t = 1 to `last`, then to 0: the grid of SiT's stochastic sampler, arXiv:2401.08740."""
+    _check(process, steps)
+    if not 0 < last < 1:
+        raise ConfigError(f"times.last={last}: the size of the last step lies between 0 and 1")
+    return _with_zero(torch.linspace(1, last, steps, dtype=torch.float64))
+
+
+def lcm(process: Process, steps: int, original: int = 50) -> Tensor:
+    """Out of `original` even steps from t = 1 every so many, then 0: 999, 759, 499, 259 (arXiv:2310.04378).
+
+    These are the times at which a consistency model was distilled: indices 19, 39, ..., 999 of 1000.
+    """
+    _check(process, steps)
+    _check(process, original)
+    if steps > original:
+        raise ConfigError(f"steps={steps}: this grid takes them out of times.original={original}; ask for fewer")
+    stride = 1 / original if process.num_steps is None else process.num_steps // original / process.num_steps
+    picked = torch.arange(steps, dtype=torch.float64) * original / steps
+    return _with_zero((original - picked.floor()) * stride)
+
+
 def _check(process: Process, steps: int) -> None:
     if not isinstance(steps, int):
         raise ConfigError(f"steps={steps!r} must be a whole number; only times=respaced takes sections and ddim50")

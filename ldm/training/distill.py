@@ -91,7 +91,7 @@ class DistillationObjective(DiffusionObjective):
         return scale, {"guidance": scale - 1}
 
     def teacher_step(self, x_t: Tensor, t: Tensor, s: Tensor, scale: Tensor, cond: dict, null: dict) -> Tensor:
-        """DDIM from t to s along x0 = null + scale (cond - null): Eq. (14), arXiv:2310.04378."""
+        """DDIM from t to s along x0 = null + scale (cond - null), which is (1 + w) cond - w null."""
         x0 = self.teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), **stack(cond, null))
         x0_cond, x0_null = x0.chunk(2)
         x0 = torch.lerp(x0_null, x0_cond, scale)
