@@ -11,7 +11,8 @@ from ldm.tools.cli import entry
 
 @entry("sample")
 def main(cfg: dict, path: Path) -> None:
-    from ldm.generate import Sampling, generate
+    from ldm.generate import generate, sides
+    from ldm.sampling import Sampling
     from ldm.tools.gallery import check_writable, read_edit, read_pairs, write_gallery
     from ldm.tools.subject import as_published, load_subject
 
@@ -20,7 +21,7 @@ def main(cfg: dict, path: Path) -> None:
     check_writable(out)
     sampling = Sampling.from_config(cfg)
     run, refiner = load_subject(cfg)
-    image_size = cfg["image_size"] or run.config["image_size"]
+    image_size = sides(run.config["image_size"] if cfg["image_size"] is None else cfg["image_size"])
     pairs = read_pairs(cfg)
     images = generate(
         run.objective,
@@ -34,7 +35,8 @@ def main(cfg: dict, path: Path) -> None:
         batch_size=cfg["batch_size"],
         progress=True,
     )
-    write_gallery(out, images, pairs, {**cfg, "step": run.step}, columns=len({seed for _, seed in pairs}))
+    how = {**cfg, "step": run.step, "image_size": image_size}
+    write_gallery(out, images, pairs, how, columns=len({seed for _, seed in pairs}))
     print(f"{len(images)} images in {out}/, all of them in {out / 'grid.png'}")
 
 

@@ -191,6 +191,16 @@ def build_encoder(node: dict, network: "nn.Module | None", objects: dict) -> Any
     return make(node, network=(network or make(inner)).requires_grad_(False).eval(), **objects)
 
 
+def hollow_encoders(node: dict) -> dict[str, "nn.Module"]:
+    """The published networks of a completed conditioner without values, where a checkpoint's will follow."""
+    import torch
+
+    nodes = {name: encoder["network"] for name, encoder in node.get("encoders", {}).items() if "network" in encoder}
+    with torch.device("meta"):
+        networks = {name: make(inner) for name, inner in nodes.items()}
+    return {name: network.to_empty(device="cpu") for name, network in networks.items()}
+
+
 def build_codec(node: dict, networks: Networks = NONE) -> Any:
     """Codec of a completed node: a pixel codec, or a latent codec whose `autoencoder` is a network node."""
     node = dict(node)

@@ -1,8 +1,8 @@
 """Prompts and seeds in, images out: the one path by which previews, evaluation, `sample.py` and notebooks sample."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,84 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.build import build_codec, build_conditioner, build_objective, compose, make
+from ldm.build import build_codec, build_conditioner, build_objective, compose, hollow_encoders
 from ldm.diffusion import guidance
-from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.objective import DiffusionObjective
-from ldm.diffusion.times import WholeIndices
 from ldm.models.codec import LatentCodec
-from ldm.samplers.edit import STARTS, keeping, noised
+from ldm.samplers.edit import keeping, noised
+from ldm.sampling import Sampling
 from ldm.training.checkpoint import find, load_config, load_files, load_weights
 from ldm.utils.errors import ConfigError, DataError
-from ldm.utils.seeding import Noise, TorchNoise
+from ldm.utils.seeding import Noise
 
 SCALE_IMAGES = 1024  # on which the scale of latents is measured
-
-
-@dataclass
-class Dialect:
-    """What one reference program does differently from the others around the same sampler; configs/dialect."""
-
-    noise: str = "keyed"  # by seed and purpose; torch: one torch.Generator(seed) on the CPU for each image, as others
-    posterior: str = "mode"  # latents of a given picture: mode, sample
-    start: str = "diffusers"  # of image to image: how many steps above the first one it is noised (samplers/edit.py)
-    known: str = "fresh"  # noise of what a mask keeps, at each step: fresh, first
-    empty: str = "system"  # without a negative prompt: as the system was trained; encode: always the encoded ""
-    initial: Mapping[str, str] = field(default_factory=dict)  # of a grid, else a sampler: scale of the first noise
-    final: Mapping[str, str] = field(default_factory=dict)  # of a sampler: where grids end whose `final` is left open
-    whole_indices: Sequence[str] = ()  # samplers that show the network whole indices of its table
-
-    def __post_init__(self):
-        choices = {"noise": ("keyed", "torch"), "posterior": ("mode", "sample"), "start": tuple(STARTS),
-                   "known": ("fresh", "first"), "empty": ("system", "encode")}  # fmt: skip
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"dialect.{name}={getattr(self, name)}: expected one of {', '.join(known)}")
-        if odd := set(self.initial.values()) - {"prior", "sigma"}:
-            raise ConfigError(f"dialect.initial has {', '.join(sorted(odd))}: expected prior or sigma")
-
-    def streams(self, seeds: Sequence[int]) -> Callable[[str], Noise]:
-        """purpose -> noise of these images; torch's generators know no purposes, only an order."""
-        shared = TorchNoise(seeds) if self.noise == "torch" else None
-        return lambda purpose: shared or Noise(seeds, purpose)
-
-
-@dataclass
-class Sampling:
-    """How to sample: the choices that no checkpoint fixes."""
-
-    sampler: Callable  # sample(denoise, process, x_T, times, *, generator, callback)
-    times: Callable  # times(process) -> descending grid
-    guidance: Callable  # guidance(denoiser, cond, null) -> denoise
-    threshold: Callable | None = None  # threshold(denoise) -> denoise
-    dialect: Dialect = field(default_factory=Dialect)
-    initial: str = "prior"  # scale of the first noise: prior, sqrt(alpha^2 + sigma^2); sigma
-    whole_indices: bool = False  # the network is shown whole indices of its table
-
-    @classmethod
-    def from_config(cls, cfg: dict) -> "Sampling":
-        """The `sampler`, `times`, `guidance`, `threshold` and `dialect` nodes of a config."""
-        dialect = make(cfg["dialect"]) if cfg.get("dialect") else Dialect()
-        sampler, grid = cfg["sampler"]["_target_"].split(".")[-2], cfg["times"]["_target_"].split(".")[-1]
-        times = dict(cfg["times"])
-        if "final" in times and times["final"] is None:
-            times["final"] = dialect.final.get(sampler)
-        return cls(
-            make(cfg["sampler"]),
-            make(times),
-            make(cfg["guidance"]),
-            make(cfg["threshold"]) if cfg["threshold"] else None,
-            dialect,
-            dialect.initial.get(grid, dialect.initial.get(sampler, "prior")),
-            sampler in dialect.whole_indices,
-        )
-
-    def denoiser(self, objective: DiffusionObjective) -> Denoiser:
-        """That of the objective, or the same network shown whole indices."""
-        given = objective.denoiser
-        if not self.whole_indices or given.process.num_steps is None:
-            return given
-        return Denoiser(given.net, WholeIndices(given.process), given.prediction, given.dtype)
 
 
 @dataclass
@@ -136,17 +69,26 @@ def generate(
         raise ConfigError(f"batch_size={batch_size}: expected at least 1")
     if len(prompts) != len(seeds):
         raise DataError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    size = sides(image_size)
     times = sampling.times(objective.denoiser.process)
-    starts = range(0, len(prompts), batch_size)
-    bar = tqdm(total=len(starts) * (len(times) - 1), desc="sampling", unit="step", disable=None if progress else True)
+    batches = batches_of([objective.conditioner.length(prompt, negative) for prompt in prompts], batch_size)
+    bar = tqdm(total=len(batches) * (len(times) - 1), desc="sampling", unit="step", disable=None if progress else True)
     images = []
-    for start in starts:
-        part = slice(start, start + batch_size)
-        task = Task(list(prompts[part]), negative, size, sampling, times, sampling.dialect.streams(seeds[part]), edit)
+    for batch in batches:
+        noise = sampling.dialect.streams([seeds[i] for i in batch])
+        task = Task([prompts[i] for i in batch], negative, size, sampling, times, noise, edit)
         images.append(task.draw(objective, refiner, lambda *_: bar.update()).cpu())
     bar.close()
-    return torch.cat(images)
+    return torch.cat(images)[torch.tensor(sum(batches, [])).argsort()]
+
+
+def batches_of(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices in batches of one length of prompt each: beside a longer one, a prompt would be read as longer too."""
+    batches = []
+    for length in sorted(set(lengths)):
+        same = [i for i, other in enumerate(lengths) if other == length]
+        batches += [same[start : start + size] for start in range(0, len(same), size)]
+    return batches
 
 
 @dataclass
@@ -165,7 +107,7 @@ class Task:
         """uint8 images B 3 H W."""
         codec, process, edit, dialect = objective.codec, objective.denoiser.process, self.edit, self.sampling.dialect
         device = next(objective.denoiser.parameters()).device
-        shape = len(self.prompts), *latent_shape(codec, self.size)
+        shape = len(self.prompts), *latent_shape(codec, *self.size)
         posterior = self.noise("posterior") if dialect.posterior == "sample" else None
         pictures, masks_itself = self._pictures(device), objective.image_channels(codec) > 0
         from_image = edit and (edit.mask is None or edit.strength < 1 or not masks_itself)
@@ -215,9 +157,16 @@ class Task:
         return self.sampling.guidance(self.sampling.denoiser(objective), cond | pictures, null | pictures)
 
 
-def latent_shape(codec: Any, image_size: int | Sequence[int]) -> tuple[int, int, int]:
+def sides(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width. Raises ConfigError for what is no size."""
+    size = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
+    if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        raise ConfigError(f"image_size={image_size}: expected pixels, one whole number or [height, width]")
+    return size
+
+
+def latent_shape(codec: Any, height: int, width: int) -> tuple[int, int, int]:
     """C H W of the codec's latents for images of this size. Raises ConfigError where it does not divide."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if height % codec.downsample or width % codec.downsample:
         raise ConfigError(f"image size {height}x{width} is not divisible by {codec.downsample}, what the codec needs")
     return codec.channels, height // codec.downsample, width // codec.downsample
@@ -237,7 +186,7 @@ class Run:
         sampler: str = "ddim",
         steps: int = 50,
         guidance: float = 5.0,
-        times: str = "trailing",
+        times: str | None = None,  # None: the dialect's
         threshold: str = "none",
         dialect: str = "native",
         negative: str | None = None,
@@ -247,7 +196,8 @@ class Run:
         """PIL images, every prompt with every seed: prompt 0 with each seed first, then prompt 1, ..."""
         from PIL import Image
 
-        groups = [f"sampler={sampler}", f"times={times}", f"threshold={threshold}", f"dialect={dialect}"]
+        groups = [f"sampler={sampler}", f"threshold={threshold}", f"dialect={dialect}"]
+        groups += [f"times={times}"] if times else []
         cfg = compose("sample", [*groups, f"steps={steps}", f"guidance.scale={guidance}"])
         pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
         images = generate(
@@ -255,7 +205,7 @@ class Run:
             [prompt for prompt, _ in pairs],
             [seed for _, seed in pairs],
             Sampling.from_config(cfg),
-            image_size=image_size or self.config["image_size"],
+            image_size=self.config["image_size"] if image_size is None else image_size,
             negative=negative,
             batch_size=batch_size,
         )
@@ -268,9 +218,9 @@ def load_run(path: str | Path, *, device: str = "cpu", ema: bool = True) -> Run:
     Raises CheckpointError when there is none, or when it is not the network its config describes.
     """
     directory = find(Path(path))
-    config = load_config(directory)
-    files = load_files(directory)
-    conditioner, _, _ = build_conditioner(config["conditioner"], tokenizer=files.get("tokenizer.json"))
+    config, files = load_config(directory), load_files(directory)
+    texts = hollow_encoders(config["conditioner"])  # T5-XXL's 19 GB are not drawn at random first
+    conditioner, _, _ = build_conditioner(config["conditioner"], tokenizer=files.get("tokenizer.json"), networks=texts)
     objective, _, _ = build_objective(config, build_codec(config["codec"]), conditioner, training=False)
     step = load_weights(directory, objective, ema=ema)
     return Run(objective.to(device), config, step)

@@ -4,42 +4,49 @@ The YAML of a system says what no file does (layers and norms of the text encode
 condition); the files say how large the networks are, and where they differ from the YAML, they are right.
 """
 
+import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ldm.build import build_codec, build_conditioner, build_objective, compose, locate, make
+from ldm.build import MISSING, build_codec, build_conditioner, build_objective, compose, fill, locate, make
+from ldm.conditioning.clip import CLIPTextEncoder
 from ldm.generate import Run
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.utils.errors import ConfigError, WeightsError
 from ldm.weights.expand import expand_input
 from ldm.weights.load import load_model
-from ldm.weights.systems import System, identify, load_system, node_of
+from ldm.weights.systems import NONE, Parts, System, identify, load_system, node_of
 
+PARTS = ("vae", "text_encoder", "text_encoder_2")  # of a config, beside `weights`
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def system_of(weights: str | Path, name: str | None = None) -> str:
+def system_of(weights: str | Path, name: str | None = None, parts: Parts = NONE) -> str:
     """The name of the system, a file of configs/system: the one given, or what the weights look like."""
-    return name or identify(Path(weights))
+    return name or identify(Path(weights), parts)
 
 
 def load_published(
     weights: str | Path,
     *,
     system: str | None = None,  # a file of configs/system, where the weights do not show it
-    tokenizer: str | None = None,  # a file or folder with CLIP's vocabulary, where the weights bring none
+    tokenizer: str | None = None,  # a file or folder with the vocabulary, where the weights bring none
     dtype: str = "fp32",
     device: torch.device | str = "cpu",
     variant: str | None = None,
     ema: bool = True,
+    parts: Parts = NONE,  # "vae", "text_encoder": where they are, if not with the weights
+    formula: str | None = None,  # of a DiT: original, diffusers
 ) -> Run:
     """A diffusers folder or an original file as a `Run`. Raises WeightsError."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}")
-    name = system_of(weights, system)
-    found = load_system(Path(weights), DTYPES[dtype], device, name=name, variant=variant, ema=ema)
+    name = system_of(weights, system, parts)
+    found = load_system(
+        Path(weights), DTYPES[dtype], device, name=name, variant=variant, ema=ema, parts=parts, formula=formula
+    )
     cfg = complete(compose("train", [f"system={name}", *overrides(found.settings)]), found, tokenizer)
     codec = build_codec(cfg["codec"], found.networks)
     conditioner, cfg["conditioner"], _ = build_conditioner(
@@ -47,8 +54,11 @@ def load_published(
     )
     objective, _, cfg["network"] = build_objective(cfg, codec, conditioner, found.networks, training=False)
     objective.denoiser.dtype = None if dtype == "fp32" else DTYPES[dtype]
-    for name in conditioner.encoders.keys() & found.networks.keys():
-        conditioner.encoders[name].chunks = None  # long prompts continue, where training would cut them
+    if "sample_size" in cfg["network"]:
+        cfg["image_size"] = cfg["network"]["sample_size"] * codec.downsample
+    for encoder in conditioner.encoders.values():
+        if isinstance(encoder, CLIPTextEncoder):
+            encoder.chunks = None  # long prompts continue, where training would cut them
     return Run(objective.to(device), cfg, step=0)
 
 
@@ -63,13 +73,21 @@ def begin(cfg: dict, stored: dict, device: torch.device | str = "cpu") -> tuple[
     if locate(cfg["network"]["_target_"]) is AutoencoderKL:
         net = load_model(cfg["weights"], "vae")
         return cfg | {"network": node_of(net)}, {"network": net}, None
-    found = load_system(Path(cfg["weights"]), device=device)
+    found = load_system(Path(cfg["weights"]), device=device, parts=parts_of(cfg))
     cfg = complete(cfg, found)
-    node = dict(cfg["network"])
+    told, chosen = found.settings.get("prediction"), cfg["prediction"]["_target_"].rpartition(".")[2].lower()
+    if told not in (None, chosen):
+        print(f"warning: {found.path} predicts {told}, and is trained with prediction={chosen} now", file=sys.stderr)
+    node, network = dict(cfg["network"]), found.networks["network"]
     codec = build_codec(cfg["codec"], found.networks)
     node["in_channels"] = codec.channels + locate(cfg["objective"]["_target_"]).image_channels(codec)
-    network = remake(node, expand_input(found.networks["network"], node["in_channels"]))
+    network = remake(node, expand_input(network, node["in_channels"]))
     return cfg | {"network": node}, {**found.networks, "network": network}, found.tokenizer
+
+
+def parts_of(cfg: dict) -> dict[str, str]:
+    """The paths that a config gives beside `weights`."""
+    return {name: cfg[name] for name in PARTS if cfg[name]}
 
 
 def overrides(settings: dict) -> list[str]:
@@ -96,12 +114,21 @@ def complete(cfg: dict, found: System, tokenizer: str | None = None) -> dict:
     if slots != found.networks.keys():
         chosen = f"the config is of system={cfg['system']}" if cfg["system"] else "no system is chosen"
         raise WeightsError(f"{found.path} holds {found.name}, but {chosen}; set system={found.name}")
-    for name in encoders.keys() & found.nodes.keys():
-        encoders[name]["network"] = found.nodes[name]
-        encoders[name]["zero_null"] = found.settings.get("zero_null", encoders[name]["zero_null"])
+    for name, node in encoders.items():
+        encoders[name] = complete_encoder(node, found.nodes.get(name), found)
     codec |= {name: found.settings[name] for name in ("scale", "shift") if name in found.settings}
     codec["autoencoder"] = found.nodes["autoencoder"]
     conditioner["encoders"] = encoders
-    conditioner["tokenizer"] = {**conditioner["tokenizer"], "path": tokenizer or conditioner["tokenizer"]["path"]}
+    if "tokenizer" in conditioner:
+        conditioner["tokenizer"] = {**conditioner["tokenizer"], "path": tokenizer or conditioner["tokenizer"]["path"]}
     network = {**cfg["network"], **found.nodes["network"]}
     return {**cfg, "codec": codec, "conditioner": conditioner, "network": network}
+
+
+def complete_encoder(node: dict, network: dict | None, found: System) -> dict:
+    """An encoder's node with what the files say of it: its network, the length of its texts, the classes."""
+    told = {"zero_null": "zero_null", "length": "text_length", "class_names": "class_names"}
+    node |= {knob: found.settings[name] for knob, name in told.items() if knob in node and name in found.settings}
+    if network:
+        node["network"] = network
+    return fill(node, num_classes=found.nodes["network"].get("num_classes", MISSING), class_names=None)

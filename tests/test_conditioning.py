@@ -9,7 +9,7 @@ import torch
 from ldm.conditioning import tokenizers
 from ldm.conditioning.conditioner import Conditioner, Encoder
 from ldm.conditioning.labels import ClassLabels
-from ldm.conditioning.sizes import AestheticScore, Sizes
+from ldm.conditioning.sizes import AestheticScore, SizeAndRatio, Sizes
 from ldm.conditioning.text_transformer import TextTransformer
 from ldm.conditioning.tokenizers import Tokenizer, train_bpe, train_words
 from ldm.utils.errors import CheckpointError, ConfigError, DataError
@@ -180,6 +180,8 @@ def test_labels_by_id_by_name_and_null():
     assert encoder([0, "dog", "2", 3, "", "1"], CPU)["labels"].tolist() == [0, 1, 2, 3, 3, 2]
     assert encoder.null == 3 and encoder.dims == {"num_classes": 3}
     assert ClassLabels(10)([9, "7"], CPU)["labels"].dtype == torch.int64
+    encoder = ClassLabels(2, ["tench, Tinca tinca", "cock"])  # as ImageNet's
+    assert encoder(["Tinca tinca", "tench, Tinca tinca", "cock"], CPU)["labels"].tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize("label", [-1, 4, "cow", "-1", 1.5])
@@ -274,6 +276,15 @@ def test_joined_conditions_lie_side_by_side_and_a_default_stands_in_for_a_field(
     assert cond["size"].tolist() == [[512, 640, 0, 64, 6.0]] and null["size"].tolist() == [[512, 640, 0, 64, 2.5]]
     with pytest.raises(ConfigError, match="what can be joined is context, pooled, size"):
         Conditioner({}, join=["labels"])
+
+
+def test_the_size_and_the_ratio_stay_where_guidance_takes_the_text_away():
+    conditioner = Conditioner({"size": SizeAndRatio()}, dropout=0)
+    assert conditioner.dims == {"num_sizes": 3}
+    cond, null = conditioner.pair({"size": [(600, 900, 0, 10, 512, 1024), (64, 64, 0, 0, 96, 64)]})
+    assert cond["size"].tolist() == [[600, 900, 0.5], [64, 64, 1.5]] and torch.equal(cond["size"], null["size"])
+    with pytest.raises(DataError, match="expected original height, width, .* target height"):
+        conditioner({"size": [(600, 900)]})
 
 
 def test_conditioner_says_what_is_wrong(words):

@@ -10,6 +10,7 @@ from ldm.models.dit import CONDITIONING, AdaLNZeroBlock, DiT
 from ldm.nn.embeddings import PatchEmbed, position_table, sinusoid, unpatchify
 from ldm.utils.errors import ConfigError, WeightsError
 from ldm.weights.dit import (
+    computed,
     dit_arguments,
     dit_from_config,
     dit_from_shapes,
@@ -234,16 +235,16 @@ def test_names_and_arguments_of_the_authors_files():
     net = published("dit_xl2")
     names = {their for theirs in original_names(net.state_dict()).values() for their in theirs}
     assert {"t_embedder.mlp.2.bias", "blocks.27.adaLN_modulation.1.weight", "final_layer.linear.bias"} <= names
-    state = to_original(net.state_dict(), sample_size=64)
+    state = to_original(net.state_dict()) | computed(net)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
-    assert len(state) == len(names) + 1 and shapes["pos_embed"] == (1, 1024, 1152)
-    assert dit_from_shapes(shapes).items() <= (dit_arguments(net) | {"sample_size": 64}).items()
+    assert len(state) == len(names) + 1 and shapes["pos_embed"] == (1, 256, 1152)
+    assert dit_from_shapes(shapes).items() <= dit_arguments(net).items()
     assert dit_from_config(dit_to_config(net)).items() <= dit_arguments(net).items()
 
 
 def test_tables_that_are_not_ours_and_networks_without_a_place():
     net = tiny()
-    state = to_original(net.state_dict(), sample_size=8)
+    state = to_original(net.state_dict()) | computed(net)
     from_original(state | {"pos_embed": state["pos_embed"].half()}, net.state_dict())
     with pytest.raises(WeightsError, match="pos_embed is not the fixed sin-cos table"):
         from_original(state | {"pos_embed": state["pos_embed"].flip(1)}, net.state_dict())

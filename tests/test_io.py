@@ -352,6 +352,15 @@ def test_bad_json(bad):
     one_line(error, "x.json")
 
 
+def test_numbers_that_are_none_can_be_left_out(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": 1, "b": -Infinity, "c": {"d": NaN}}')
+    assert text.read_config(tmp_path / "a.json", lenient=True) == {"a": 1, "c": {}}
+    (tmp_path / "b.json").write_text('{"a": [1, NaN]}')
+    for lenient, name in ((False, "a.json"), (True, "b.json")):
+        with pytest.raises(DataError, match="Infinity"):
+            text.read_config(tmp_path / name, lenient=lenient)
+
+
 @pytest.mark.parametrize("bad", ["[]", '{"a": ["${oc.env:HOME}"]}', '{"${x}": 1}', '{"a": "' + "x" * (1 << 20) + '"}'])
 def test_bad_configs(tmp_path, bad):
     (tmp_path / "config.json").write_text(bad)

@@ -11,12 +11,12 @@ LAYERS = [
     {"nn", "diffusion", "samplers"},
     {"models", "conditioning", "data"},
     {"training", "adapters", "weights", "metrics"},
-    {"build", "generate", "published", "cascade"},
+    {"build", "sampling", "generate", "published", "cascade"},
     {"tools"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-SIDEWAYS = {("samplers", "diffusion"), ("training", "adapters"), ("generate", "build"), ("published", "build"),
-            ("published", "generate"), ("io", "utils")}  # fmt: skip
+SIDEWAYS = {("samplers", "diffusion"), ("training", "adapters"), ("sampling", "build"), ("generate", "build"),
+            ("generate", "sampling"), ("published", "build"), ("published", "generate"), ("io", "utils")}  # fmt: skip
 FOREIGN = {"pickle", "tarfile", "zipfile", "yaml"}
 JUDGES = {"diffusers", "transformers", "peft", "lightning", "accelerate"}
 FILES = sorted((ROOT / "ldm").rglob("*.py")) + [ROOT / "train.py", ROOT / "sample.py"]

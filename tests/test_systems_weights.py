@@ -68,7 +68,7 @@ def original(name, nets):
     """State of the original file of a system."""
     state = {}
     for place in places_of(name):
-        published = COMPONENTS[place.folder].layouts[place.layout].write(nets[place.slot].state_dict())
+        published = COMPONENTS[place.kind].layouts[place.layout].write(nets[place.slot].state_dict())
         state |= {place.prefix + key: tensor for key, tensor in published.items()}
     return state
 
@@ -106,7 +106,7 @@ def published(name):
 def test_text_encoders_in_both_layouts(slot, keys, open_keys, parameters):
     net = published(slot)
     assert sum(p.numel() for p in net.parameters()) == parameters
-    row = COMPONENTS["text_encoder"]
+    row = COMPONENTS["clip_text"]
     for layout, count in (("diffusers", keys), ("original", keys), ("open_clip", open_keys)):
         state = row.layouts[layout].write(net.state_dict())
         if count:
@@ -127,7 +127,7 @@ def test_text_encoders_in_both_layouts(slot, keys, open_keys, parameters):
 def test_image_encoders_in_both_layouts(sizes, parameters):
     with torch.device("meta"):
         net = CLIPVision(*sizes, "gelu")
-    row = COMPONENTS["image_encoder"]
+    row = COMPONENTS["clip_vision"]
     assert sum(p.numel() for p in net.parameters()) == parameters
     shapes = {key: tuple(t.shape) for key, t in row.layouts["original"].write(net.state_dict()).items()}
     assert row.from_shapes(shapes) == row.from_config(row.to_config(net)) == row.arguments(net)
@@ -292,7 +292,7 @@ def test_a_lone_encoder(tmp_path, kind, layout):
     save_model(net, path, layout)
     again = load_model(path)
     assert type(again) is type(net) and same(again.state_dict(), net.state_dict())
-    row = COMPONENTS["image_encoder" if kind == "vision" else "text_encoder"]
+    row = COMPONENTS["clip_vision" if kind == "vision" else "clip_text"]
     assert row.arguments(again) == row.arguments(net)
 
 
@@ -306,7 +306,7 @@ def test_foreign_files_of_one_encoder(tmp_path):
     for prefix in (True, False):
         write_tensors(tmp_path / f"{prefix}.safetensors", to_transformers(first.state_dict(), prefix))
         again = load_model(tmp_path / f"{prefix}.safetensors")
-        assert COMPONENTS["text_encoder"].arguments(again) == COMPONENTS["text_encoder"].arguments(first)
+        assert COMPONENTS["clip_text"].arguments(again) == COMPONENTS["clip_text"].arguments(first)
     save_model(clip, tmp_path / "bin")
     torch.save(read_tensors(tmp_path / "bin/model.safetensors"), tmp_path / "bin/pytorch_model.bin")
     (tmp_path / "bin/model.safetensors").unlink()
@@ -378,10 +378,10 @@ def bad_system(tmp_path, kind) -> Path:
 @pytest.mark.parametrize(
     "kind, words",
     {
-        "UNet": "a UNet of text width 64 only; expected a whole system",
+        "UNet": "the system sd15 without vae, text_encoder; expected unet, vae, text_encoder: give what is missing",
         "VAE": "an autoencoder only; expected a whole system",
         "no text": "the system sd15 without text_encoder",
-        "other text": "width 128, but its UNet reads text of 64",
+        "other text": "width 128, but its network reads text of 64",
         "two texts": "of no known part: 1",
         "lora": "a LoRA",
         "controlnet": "a ControlNet",

@@ -184,11 +184,17 @@ class CLIPTextEncoder(Encoder):
 
     def _frame(self, texts: Sequence[str]) -> list[Prompt]:
         prompts = [self._tokenize(text) for text in texts]
-        chunks = self.chunks or min(self.max_chunks, chunks_for(len(ids) for ids, _ in prompts))
+        chunks = self._chunks(prompts)
         pad = self.tokenizer.eos if self.pad is None else self.pad
         return [
             (self.tokenizer.frame(ids, chunks, pad), frame(weights, chunks, 1.0, 1.0, 1.0)) for ids, weights in prompts
         ]
+
+    def length(self, value: str) -> int:
+        return self._chunks([self._tokenize(value)])
+
+    def _chunks(self, prompts: Sequence[Prompt]) -> int:
+        return self.chunks or min(self.max_chunks, chunks_for(len(ids) for ids, _ in prompts))
 
     def _tokenize(self, text: str) -> Prompt:
         parts = [(text, 1.0)] if self.emphasis is None else parse(text)

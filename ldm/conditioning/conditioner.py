@@ -25,6 +25,10 @@ class Encoder(nn.Module):
         """What it reads instead in the other half of classifier-free guidance."""
         return self.null
 
+    def length(self, value: Any) -> int:
+        """How long what it gives for a value is, in a unit of its own, where that differs between values."""
+        return 0
+
 
 class Conditioner(nn.Module):
     """Encoders by name, each dropped on its own with probability `dropout` (one number, or one per name; others 0).
@@ -75,6 +79,11 @@ class Conditioner(nn.Module):
             both[name] = values + instead.get(encoder.field, [encoder.without(value) for value in values])
         halves = {name: value.chunk(2) for name, value in self._encode(both).items()}
         return {name: cond for name, (cond, _) in halves.items()}, {name: null for name, (_, null) in halves.items()}
+
+    def length(self, *texts: str | None) -> int:
+        """Of the longest of the texts, over all encoders of captions; those of one length are encoded as when alone."""
+        encoders = [encoder for encoder in self.encoders.values() if encoder.field == "caption"]
+        return max((encoder.length(text) for encoder in encoders for text in texts if text), default=0)
 
     def _encode(self, values: dict[str, list]) -> dict[str, Tensor]:
         cond: dict[str, Tensor] = {}

@@ -12,7 +12,8 @@ from ldm.utils.errors import ConfigError, DataError
 class ClassLabels(Encoder):
     """Class ids, or their names where `class_names` are known, -> labels (B,) int64 in 0..num_classes.
 
-    Raises DataError for a label that is no class; "" is the null class, as it is the null caption.
+    A name may be several with commas between them, as ImageNet's are. Raises DataError for a label that is no class; ""
+    is the null class, as it is the null caption.
     """
 
     field = "label"
@@ -23,7 +24,9 @@ class ClassLabels(Encoder):
             raise ConfigError(f"num_classes is {num_classes}, expected {len(class_names)}: one for each of class_names")
         self.null = num_classes
         self.dims = {"num_classes": num_classes}
-        self.ids = {name: index for index, name in enumerate(class_names or ())} | {"": self.null}
+        names = list(enumerate(class_names or ()))
+        self.ids = {part.strip(): index for index, name in names for part in name.split(",")}
+        self.ids |= {name: index for index, name in names} | {"": self.null}
 
     def forward(self, values: Sequence[int | str], device: torch.device) -> dict[str, Tensor]:
         return {"labels": torch.tensor([self._id(value) for value in values], dtype=torch.int64).to(device)}  # B

@@ -1,4 +1,4 @@
-"""SDXL's micro-conditions, arXiv:2307.01952, §2.2 and Algorithm 1: numbers, each of which the network embeds alone.
+"""Micro-conditions, SDXL's (arXiv:2307.01952, §2.2, Algorithm 1) and PixArt's: numbers, each embedded alone.
 
 A condition without one is not defined: guidance keeps the sizes, and moves the refiner's aesthetic score instead.
 """
@@ -38,6 +38,18 @@ class Sizes(Encoder):
         if row is None or row.ndim != 1 or len(row) < self.count:
             raise DataError(f"size is {value!r}, expected {', '.join(NAMES[: self.count])}")
         return row[: self.count]
+
+
+class SizeAndRatio(Sizes):
+    """Original height and width, and height / width of what is drawn -> size (B 3): PixArt's, arXiv:2310.00426."""
+
+    def __init__(self):
+        super().__init__()
+        self.dims = {"num_sizes": 3}
+
+    def forward(self, values: Sequence[Sequence[float] | Tensor], device: torch.device) -> dict[str, Tensor]:
+        height, width, *_, target_height, target_width = super().forward(values, device)["size"].unbind(1)  # B
+        return {"size": torch.stack([height, width, target_height / target_width], dim=1)}  # B 3
 
 
 class AestheticScore(Encoder):

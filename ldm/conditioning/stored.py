@@ -38,6 +38,9 @@ class StoredEncoder(Encoder):
     def without(self, value: Any) -> Any:
         return self.encoder.without(value)
 
+    def length(self, value: Any) -> int:
+        return self.encoder.length(value)
+
     def forward(self, values: Sequence[str | None], device: torch.device) -> dict[str, Tensor]:
         rows = self.texts.find(values)  # B
         if (rows < 0).any():

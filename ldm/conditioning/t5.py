@@ -159,7 +159,7 @@ class T5TextEncoder(Encoder):
             raise ConfigError(f"vocabulary of {len(tokenizer)} ids, the network knows {rows}; use its own tokenizer")
         self.network = network
         self.tokenizer = tokenizer
-        self.length = length
+        self.max_length = length
         self.mask = mask
         self.context_mask = context_mask
         self.clean = clean
@@ -169,16 +169,16 @@ class T5TextEncoder(Encoder):
     def forward(self, captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         if self.clean:
             captions = [clean_caption(text) for text in captions]
-        prompts = [self.tokenizer.ids(text, self.length) for text in captions]
-        how = (self.length, self.mask, self.context_mask, device)
+        prompts = [self.tokenizer.ids(text, self.max_length) for text in captions]
+        how = (self.max_length, self.mask, self.context_mask, device)
         return self.memory.recall(self.network, prompts, lambda new: self._read(new, device), *how)
 
     def _read(self, prompts: Sequence[tuple[int, ...]], device: torch.device) -> dict[str, Tensor]:
-        ids, mask = (rows.to(device) for rows in self.tokenizer.pad(prompts, self.length))  # B L
+        ids, mask = (rows.to(device) for rows in self.tokenizer.pad(prompts, self.max_length))  # B L
         if not (self.mask and self.context_mask):  # all of the padding is read by somebody
             context = self.network(ids, mask if self.mask else None)  # B L D
             return {"context": context, "context_mask": mask} if self.context_mask else {"context": context}
         longest = max(map(len, prompts))
-        used = min(-(-longest // ROUND) * ROUND, self.length)
+        used = min(-(-longest // ROUND) * ROUND, self.max_length)
         context = self.network(ids[:, :used], mask[:, :used]).masked_fill(~mask[:, :used, None], 0)
-        return {"context": F.pad(context, (0, 0, 0, self.length - used)), "context_mask": mask}
+        return {"context": F.pad(context, (0, 0, 0, self.max_length - used)), "context_mask": mask}

@@ -24,6 +24,7 @@ STORAGES = {
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
 }  # fmt: skip
 WRAPPERS = ("state_dict", "module", "model", "params_ema", "params")  # where trainers put the table of weights
+AVERAGED = ("ema", "state_dict_ema", "model_ema")  # and, beside it, that of averaged ones: named "ema.*"
 HARMLESS = {"_codecs", "argparse", "collections", "copyreg", "datetime", "enum", "functools", "pathlib", "typing"}
 BUILTINS = {"bool", "bytearray", "complex", "dict", "float", "frozenset", "int", "list", "set", "slice", "tuple"}
 
@@ -120,11 +121,22 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
 
 
 def _unwrapped(content: Any) -> Any:
-    """The table of weights inside what a trainer saved."""
+    """The table of weights inside what a trainer saved, with that of averaged ones in it where there are both."""
+    averaged = {}
     for _ in WRAPPERS:
-        if isinstance(content, Mapping) and not any(isinstance(value, PickledTensor) for value in content.values()):
+        if _is_wrapper(content):
+            table = next((content[name] for name in AVERAGED if _is_table(content.get(name))), None)
+            averaged = averaged or ({"ema": table} if table else {})
             content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping)), content)
-    return content
+    return {**content, **averaged} if averaged and _is_table(content) else averaged or content
+
+
+def _is_wrapper(content: Any) -> bool:
+    return isinstance(content, Mapping) and not _is_table(content)
+
+
+def _is_table(content: Any) -> bool:
+    return isinstance(content, Mapping) and any(isinstance(value, PickledTensor) for value in content.values())
 
 
 def _named(content: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, PickledTensor]]:

@@ -12,6 +12,7 @@ from ldm.utils.errors import DataError, LdmError
 MAX_TEXT = 1 << 20  # bytes of one caption or one configuration
 MAX_TABLE = 1 << 30  # bytes of a table of captions, read line by line
 MAX_DEPTH = 32
+_DROPPED = object()  # stands for NaN and Infinity until the object that has it is complete
 
 
 def decode_text(data: bytes, name: str) -> str:
@@ -26,24 +27,28 @@ def decode_text(data: bytes, name: str) -> str:
     return text.strip()
 
 
-def parse_json(text: str, name: str, error: type[LdmError] = DataError) -> Any:
-    """The value of JSON text, without duplicate keys, NaN or more than MAX_DEPTH levels. Raises `error`."""
+def parse_json(text: str, name: str, error: type[LdmError] = DataError, *, lenient: bool = False) -> Any:
+    """The value of JSON text, without duplicate keys, NaN or more than MAX_DEPTH levels. Raises `error`.
+
+    lenient: entries of objects that are NaN or Infinity, which Python's programs write, are left out instead.
+    """
+    constant = (lambda _: _DROPPED) if lenient else _refuse_constant
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
         _check_depth(value, MAX_DEPTH)
     except (ValueError, RecursionError) as problem:
         raise error(f"{name}: not the JSON expected here ({problem})") from problem
     return value
 
 
-def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_TEXT) -> Any:
+def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_TEXT, lenient: bool = False) -> Any:
     """The value in a JSON file. Raises DataError."""
-    return parse_json(decode_text(read_bytes(path, max_bytes=max_bytes), str(path)), str(path))
+    return parse_json(decode_text(read_bytes(path, max_bytes=max_bytes), str(path)), str(path), lenient=lenient)
 
 
-def read_config(path: str | os.PathLike) -> dict[str, Any]:
+def read_config(path: str | os.PathLike, *, lenient: bool = False) -> dict[str, Any]:
     """A resolved configuration written with weights: one JSON object, in which nothing is left to interpolate."""
-    config = read_json(path)
+    config = read_json(path, lenient=lenient)
     if not isinstance(config, dict):
         raise DataError(f"{path}: holds a JSON {type(config).__name__}, a configuration is an object")
     if any("${" in text for text in _strings(config)):  # would read the environment: ${oc.env:...}
@@ -75,7 +80,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if name in table:
             raise ValueError(f"key {name[:40]!r} appears twice")
         table[name] = value
-    return table
+    return {name: value for name, value in table.items() if value is not _DROPPED}
 
 
 def _refuse_constant(text: str) -> None:
@@ -83,6 +88,8 @@ def _refuse_constant(text: str) -> None:
 
 
 def _check_depth(value: Any, levels: int) -> None:
+    if value is _DROPPED:
+        raise ValueError("a list with NaN or Infinity")
     if not isinstance(value, dict | list):
         return
     if levels == 0:

@@ -8,14 +8,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ldm.conditioning.clip_tokenizer import read_clip_tokenizer
 from ldm.io.folders import appearing
 from ldm.utils.errors import ConfigError, LdmError, WeightsError
-from ldm.weights.components import COMPONENTS
+from ldm.weights.components import FOLDERS
 from ldm.weights.formats import Config
 from ldm.weights.load import LAYOUTS, arguments_of, check_destination, load_source, write_folder, write_original
-from ldm.weights.pipeline import LATENT_SCALES, read_scheduler, read_settings, read_tokenizer, write_pipeline
-from ldm.weights.places import family_of, places_of
+from ldm.weights.pipeline import (
+    LATENT_SCALES,
+    read_scheduler,
+    read_settings,
+    read_tokenizer,
+    read_vocabulary,
+    vocabularies,
+    write_pipeline,
+)
+from ldm.weights.places import NETWORKS, family_of, places_of
 from ldm.weights.sources import Source, components_in, open_sources
 from ldm.weights.systems import name_system
 
@@ -45,7 +52,7 @@ def convert(
     names = [name for name in components_in(src) if name not in LEFT]
     if component:
         names = [component]
-    elif unknown := [name for name in names if name not in COMPONENTS]:
+    elif unknown := [name for name in names if name not in FOLDERS]:
         raise WeightsError(f"{src}: no conversion is known for {', '.join(unknown)}; choose one with --component")
     sources = open_sources(src, ema=ema)
     if not names or (lacking := [name for name in names if name not in sources]):
@@ -61,9 +68,11 @@ class Job:
 
     def __init__(self, src: Path, sources: Mapping[str, Source], dtype: torch.dtype | None, system: str | None):
         self.src, self.sources, self.dtype = src, sources, dtype
-        has_others = "unet" in sources and len(sources) > 1
-        self.family = family_of(arguments_of(sources["unet"])) if has_others else None
-        self.settings = read_settings(src) if has_others else {}
+        network = next((sources[name] for name in NETWORKS if name in sources), None)
+        has_others = network is not None and len(sources) > 1
+        self.family = family_of(network.kind, arguments_of(network)) if has_others else None
+        tells = has_others or (network is not None and network.kind == "pixart")  # how long its captions are
+        self.settings = read_settings(src) if tells else {}
         is_whole = has_others and all(place.folder in sources for place in places_of(self.family))
         self.system = name_system(src, sources, self.settings, system) if is_whole else None
 
@@ -77,7 +86,6 @@ class Job:
 
     def write_folder(self, dst: Path, tokenizer: Path | None) -> None:
         """A folder per component, and of a whole system the rest of its pipeline."""
-        vocabulary = read_clip_tokenizer(tokenizer).to_json() if tokenizer else None
         with appearing(dst) as folder:
             for name, source in self.sources.items():
                 place = folder / name if len(self.sources) > 1 else folder
@@ -86,7 +94,10 @@ class Job:
                 is_all = used == arguments_of(source, whole=True)
                 write_folder(self.load(name), place, self.config(name), used=None if is_all else used)
             if self.system:
-                vocabulary = vocabulary or read_tokenizer(self.src)
+                beside = vocabularies(self.src)
+                vocabulary = (
+                    read_vocabulary(tokenizer, self.system) if tokenizer else read_tokenizer(beside, self.system)
+                )
                 write_pipeline(folder, self.system, self.settings, read_scheduler(self.src), vocabulary)
 
     def config(self, name: str) -> Config:
@@ -100,13 +111,13 @@ class Job:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ldm.tools.convert", description="Convert published weights.")
-    parser.add_argument("src", type=Path, metavar="SRC", help="a diffusers folder or a file, .safetensors or .ckpt")
+    parser.add_argument("src", type=Path, metavar="SRC", help="a diffusers folder or a file: .safetensors .ckpt .pt")
     parser.add_argument("dst", type=Path, metavar="DST", help="a new folder, or with original a .safetensors file")
     parser.add_argument("--layout", choices=LAYOUTS, required=True, help="of DST")
-    parser.add_argument("--component", help="convert this one only: " + ", ".join(COMPONENTS))
+    parser.add_argument("--component", help="convert this one only: " + ", ".join(FOLDERS))
     parser.add_argument("--no-ema", action="store_true", help="of a training checkpoint, the weights not averaged")
     parser.add_argument("--dtype", choices=DTYPES, help="of DST; by default as in SRC, bit for bit")
-    parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="CLIP's vocabulary, for a file, which has none")
+    parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="a vocabulary, for a file, which has none")
     parser.add_argument("--system", metavar="NAME", help="sd21_base, where SRC is that and does not show it")
     chosen = vars(parser.parse_args(arguments))
     ema = not chosen.pop("no_ema")
@@ -115,6 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LdmError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return ConfigError.exit_code
     print(f"{chosen['dst']}: {', '.join(names)}")
     return 0
 

@@ -14,8 +14,9 @@ from ldm.io.text import write_json
 from ldm.utils.errors import ConfigError, DataError
 from ldm.utils.images import labelled_grid
 
-HOW = ("weights", "kind", "refiner", "handover", "dialect", "sampler", "times", "steps", "guidance", "threshold",
-       "negative", "prompt_weights", "image", "mask", "strength")  # fmt: skip
+HOW = ("weights", "kind", "vae", "text_encoder", "text_encoder_2", "formula", "refiner", "handover", "dialect",
+       "sampler", "times", "steps", "guidance", "threshold", "negative", "prompt_weights", "image", "mask",
+       "strength", "image_size", "dtype", "variant", "averaged")  # fmt: skip
 
 
 def read_pairs(cfg: dict) -> list[tuple[str, int]]:
@@ -33,11 +34,11 @@ def check_writable(out: Path) -> None:
         raise ConfigError(f"out={out} cannot be written: {parent} is not a folder that this user may write to")
 
 
-def read_edit(cfg: dict, image_size: int | Sequence[int]) -> Edit | None:
-    """The picture and the mask of a config, at the size that is sampled."""
+def read_edit(cfg: dict, size: Sequence[int]) -> Edit | None:
+    """The picture and the mask of a config, at the height and width that are sampled."""
     if not cfg["image"]:
-        if cfg["mask"]:
-            raise ConfigError("mask is set but image is not; give the picture to repaint, e.g. image=photo.png")
+        if given := [name for name in ("mask", "strength") if cfg[name] is not None]:
+            raise ConfigError(f"{given[0]} is set but image is not; give the picture to change, e.g. image=photo.png")
         return None
     strength = cfg["strength"]
     if not isinstance(strength, int | float | None) or not 0 <= (strength or 0) <= 1:
@@ -46,7 +47,6 @@ def read_edit(cfg: dict, image_size: int | Sequence[int]) -> Edit | None:
     if mask is not None and mask.shape != image.shape:
         found, expected = (f"{width}x{height}" for _, height, width in (mask.shape, image.shape))
         raise DataError(f"mask {cfg['mask']} is {found} pixels, expected {expected}, the size of {cfg['image']}")
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     image = resize_crop(image, *size)
     return Edit(image, strength, None if mask is None else (resize_crop(mask, *size)[:1] > 127).float())
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ldm.build import make
 from ldm.diffusion.objective import DiffusionObjective
-from ldm.generate import Sampling, generate
+from ldm.generate import generate
 from ldm.io.images import write_png
+from ldm.sampling import Sampling
 from ldm.utils.images import labelled_grid
 
 

@@ -3,21 +3,34 @@
 from hydra.core.hydra_config import HydraConfig
 
 from ldm.build import compose
+from ldm.conditioning.clip import CLIPTextEncoder
+from ldm.conditioning.prompts import EMPHASIS
 from ldm.generate import Refiner, Run, load_run
-from ldm.published import load_published, system_of
+from ldm.published import load_published, parts_of, system_of
 from ldm.utils.devices import pick_device
 from ldm.utils.errors import ConfigError, WeightsError
+
+OF_WEIGHTS = ("kind", "tokenizer", "dtype", "variant", "refiner", "prompt_weights")  # settings that no run has
 
 
 def as_published(cfg: dict) -> dict:
     """The config again, with what the authors of the published weights sampled with where the command does not say."""
     if not cfg["weights"]:
         return cfg
-    name = system_of(cfg["weights"], cfg["kind"])
+    if not isinstance(cfg["weights"], str):
+        raise ConfigError(f"weights={cfg['weights']}: expected the path of one file or folder")
+    name = system_of(cfg["weights"], cfg["kind"], parts_of(cfg))
     given = list(HydraConfig.get().overrides.task)
     chosen = {override.partition("=")[0].lstrip("+~") for override in given}
-    theirs = [line for line in compose("train", [f"system={name}"])["sampling"] if line.partition("=")[0] not in chosen]
+    theirs = [line for line in compose("train", [f"system={name}"])["sampling"] if not _is_replaced(line, chosen)]
     return {**compose("sample", [*theirs, *given]), "kind": name}
+
+
+def _is_replaced(line: str, chosen: set[str]) -> bool:
+    """Whether the command chooses what a line sets, or the group it is a knob of; a dialect brings its own grid."""
+    name = line.partition("=")[0]
+    group = name.partition(".")[0]
+    return bool({name, group} & chosen) or (group == "times" and "dialect" in chosen)
 
 
 def load_subject(cfg: dict) -> tuple[Run, Refiner | None]:
@@ -25,18 +38,28 @@ def load_subject(cfg: dict) -> tuple[Run, Refiner | None]:
     if bool(cfg["run"]) == bool(cfg["weights"]):
         problem = "both run and weights are set; give one of them" if cfg["run"] else "run is not set"
         raise ConfigError(f"{problem}: a run directory, e.g. run=runs/shapes/2026-01-01_12-00-00, or weights=FILE")
+    if not isinstance(cfg["handover"], int | float) or not 0 <= cfg["handover"] <= 1:
+        raise ConfigError(f"handover={cfg['handover']} must lie between 0 (all by the refiner) and 1 (nothing)")
+    if cfg["refiner"] and not (cfg["kind"] or "").startswith("sdxl"):
+        drawn = cfg["kind"] or "a run"
+        raise ConfigError(f"refiner={cfg['refiner']} finishes what SDXL begins, not {drawn}; leave it out")
+    if cfg["prompt_weights"] not in (None, *EMPHASIS):
+        raise ConfigError(f"prompt_weights={cfg['prompt_weights']}: expected null or one of {', '.join(EMPHASIS)}")
     if cfg["run"]:
-        return load_run(cfg["run"], device=pick_device(cfg["device"]), ema=cfg["ema"]), None
-    refiner = _published(cfg, cfg["refiner"], "sdxl_refiner") if cfg["refiner"] else None
+        if unused := [name for name in OF_WEIGHTS if cfg[name] not in (None, "fp32")]:
+            raise ConfigError(f"{', '.join(unused)} can be set for weights= only, and this is a run")
+        return load_run(cfg["run"], device=pick_device(cfg["device"]), ema=cfg["averaged"]), None
+    refiner = _published(cfg, cfg["refiner"], "sdxl_refiner", {}) if cfg["refiner"] else None
     if cfg["kind"] == "sdxl_refiner" and not cfg["image"]:
         raise WeightsError(
             f"{cfg['weights']} is SDXL's refiner, which draws nothing of its own: "
             "give it as refiner= beside weights= of a base, or give image= to change"
         )
-    return _published(cfg, cfg["weights"], cfg["kind"]), refiner and Refiner(refiner.objective, cfg["handover"])
+    run = _published(cfg, cfg["weights"], cfg["kind"], parts_of(cfg))
+    return run, refiner and Refiner(refiner.objective, cfg["handover"])
 
 
-def _published(cfg: dict, weights: str, system: str) -> Run:
+def _published(cfg: dict, weights: str, system: str, parts: dict[str, str]) -> Run:
     run = load_published(
         weights,
         system=system,
@@ -44,9 +67,19 @@ def _published(cfg: dict, weights: str, system: str) -> Run:
         dtype=cfg["dtype"],
         device=pick_device(cfg["device"]),
         variant=cfg["variant"],
-        ema=cfg["ema"],
+        ema=cfg["averaged"],
+        parts=parts,
+        formula=cfg["formula"] if weights == cfg["weights"] else None,
     )
-    for encoder in run.objective.conditioner.encoders.values():
-        if encoder.field == "caption":
-            encoder.emphasis = cfg["prompt_weights"]
+    if cfg["prompt_weights"]:
+        weigh(run, cfg["prompt_weights"])
     return run
+
+
+def weigh(run: Run, emphasis: str) -> None:
+    """What (word:1.3) means to the text encoders. Raises ConfigError where it means nothing."""
+    encoders = [e for e in run.objective.conditioner.encoders.values() if isinstance(e, CLIPTextEncoder)]
+    if not encoders:
+        raise ConfigError(f"prompt_weights={emphasis} is for CLIP, which {run.config['system']} does not read with")
+    for encoder in encoders:
+        encoder.emphasis = emphasis

@@ -8,6 +8,7 @@ from torch import Tensor
 
 MIN_CELL = 96  # pixels; smaller images are enlarged by a whole factor when they are labelled
 INK = (60, 60, 60)
+LONGEST_WORD = 200  # characters
 
 
 def make_grid(images: Tensor, columns: int | None = None, padding: int = 2, background: int = 255) -> Tensor:
@@ -53,13 +54,13 @@ def _wrap(text: str, fits, lines: int = 4) -> list[str]:
     """At most `lines` lines that fit, the last one ending in an ellipsis where words were left out."""
     words, out = text.split(), []
     while words and len(out) < lines:
-        count = len(words)
-        while count > 1 and not fits(" ".join(words[:count])):
-            count -= 1
+        count = 1
+        while count < len(words) and fits(" ".join(words[: count + 1])):
+            count += 1
         out.append(" ".join(words[:count]))
         words = words[count:]
     if out and (words or not fits(out[-1])):
-        last = out[-1]
+        last = out[-1][:LONGEST_WORD]
         while last and not fits(last + "…"):
             last = last[:-1]
         out[-1] = last.rstrip() + "…"

@@ -6,10 +6,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ldm.conditioning.clip import CLIPText, CLIPVision
+from ldm.conditioning.t5 import T5Encoder
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.dit import DiT
+from ldm.models.pixart import PixArt
 from ldm.models.unet import UNet
 from ldm.utils.errors import WeightsError
-from ldm.weights import autoencoder, clip, formats, formats_clip, unet
+from ldm.weights import autoencoder, clip, dit, formats, formats_clip, pixart, t5, unet
 from ldm.weights.formats import Config, Shapes
 
 
@@ -21,9 +24,10 @@ class Layout(NamedTuple):
 
 
 class Component(NamedTuple):
-    """What is known of one network."""
+    """What is known of one kind of network."""
 
     network: type[nn.Module]
+    folders: tuple[str, ...]  # its names in systems, which are those of its folders; the first where nothing else says
     layouts: dict[str, Layout]  # original, diffusers; CLIP also open_clip
     prefix: str  # of its keys in an original file of its own; in that of a whole system: `places`
     files: dict[str, str]  # suffix -> stem of its weights in a diffusers folder
@@ -32,6 +36,8 @@ class Component(NamedTuple):
     from_shapes: Callable[[Shapes], Config]  # shapes in an original file -> arguments
     arguments: Callable[[Any], Config]  # network -> its arguments
     to_config: Callable[[Any], Config]  # network -> config.json
+    computed: Callable[[Any], dict[str, Tensor]] = lambda net: {}  # what original files store besides its state
+    formulas: Mapping[str, Config] = {}  # arguments that no file tells, by the program whose results they give
 
 
 DIFFUSERS_FILES = {".safetensors": "diffusion_pytorch_model", ".bin": "diffusion_pytorch_model"}
@@ -41,6 +47,7 @@ OPEN_CLIP = Layout(clip.from_open_clip, clip.to_open_clip)
 
 UNET = Component(
     UNet,
+    ("unet",),
     {
         "original": Layout(unet.from_original, unet.to_original),
         "diffusers": Layout(unet.from_diffusers, unet.to_diffusers),
@@ -55,6 +62,7 @@ UNET = Component(
 )
 VAE = Component(
     AutoencoderKL,
+    ("vae",),
     {
         "original": Layout(autoencoder.from_original, autoencoder.to_original),
         "diffusers": Layout(autoencoder.from_diffusers, autoencoder.to_diffusers),
@@ -69,6 +77,7 @@ VAE = Component(
 )
 CLIP_TEXT = Component(
     CLIPText,
+    ("text_encoder", "text_encoder_2"),
     {"original": TRANSFORMERS, "open_clip": OPEN_CLIP, "diffusers": TRANSFORMERS},
     "",
     TRANSFORMERS_FILES,
@@ -80,6 +89,7 @@ CLIP_TEXT = Component(
 )
 CLIP_VISION = Component(
     CLIPVision,
+    ("image_encoder",),
     {"original": OPEN_CLIP, "open_clip": OPEN_CLIP, "diffusers": TRANSFORMERS},
     "",
     TRANSFORMERS_FILES,
@@ -89,18 +99,83 @@ CLIP_VISION = Component(
     formats_clip.vision_arguments,
     formats_clip.vision_to_config,
 )
-COMPONENTS = {  # by the names of the folders
+DIT = Component(
+    DiT,
+    ("transformer",),
+    {
+        "original": Layout(dit.from_original, dit.to_original),
+        "diffusers": Layout(dit.from_diffusers, dit.to_diffusers),
+    },
+    "",
+    DIFFUSERS_FILES,
+    ("DiTTransformer2DModel",),
+    dit.dit_from_config,
+    dit.dit_from_shapes,
+    dit.dit_arguments,
+    dit.dit_to_config,
+    dit.computed,
+    dit.FORMULAS,
+)
+PIXART = Component(
+    PixArt,
+    ("transformer",),
+    {
+        "original": Layout(pixart.from_original, pixart.to_original),
+        "diffusers": Layout(pixart.from_diffusers, pixart.to_diffusers),
+    },
+    "",
+    DIFFUSERS_FILES,
+    ("PixArtTransformer2DModel",),
+    pixart.pixart_from_config,
+    pixart.pixart_from_shapes,
+    pixart.pixart_arguments,
+    pixart.pixart_to_config,
+    pixart.computed,
+)
+T5_LAYOUT = Layout(t5.from_transformers, t5.to_transformers)
+T5 = Component(
+    T5Encoder,
+    ("text_encoder", "text_encoder_2"),
+    {"original": T5_LAYOUT, "diffusers": T5_LAYOUT},
+    "",
+    TRANSFORMERS_FILES,
+    t5.CLASSES,
+    t5.from_config,
+    t5.from_shapes,
+    t5.arguments,
+    t5.to_config,
+)
+COMPONENTS = {
     "unet": UNET,
+    "dit": DIT,
+    "pixart": PIXART,
     "vae": VAE,
-    "text_encoder": CLIP_TEXT,
-    "text_encoder_2": CLIP_TEXT,
-    "image_encoder": CLIP_VISION,
+    "clip_text": CLIP_TEXT,
+    "t5": T5,
+    "clip_vision": CLIP_VISION,
 }
+FOLDERS = tuple(dict.fromkeys(folder for row in COMPONENTS.values() for folder in row.folders))
+NORM_TYPES = {"ada_norm_zero": "dit", "ada_norm_single": "pixart"}  # of the class that diffusers had before it split
 
 
-def component_of(net: nn.Module) -> str:
-    """The name of the component a network is. WeightsError for one that no published layout holds."""
-    for name, component in COMPONENTS.items():
-        if isinstance(net, component.network):
-            return name
+def row_of(net: nn.Module) -> Component:
+    """What is known of a network's kind. WeightsError for one that no published layout holds."""
+    for row in COMPONENTS.values():
+        if isinstance(net, row.network):
+            return row
     raise WeightsError(f"no published layout is known for a {type(net).__name__}; known: {', '.join(COMPONENTS)}")
+
+
+def kind_of(config: Config) -> str | None:
+    """The kind whose class a config.json names; None for a class unknown here. Raises WeightsError."""
+    name = class_name(config)
+    if name == "Transformer2DModel":
+        if (norm := config.get("norm_type")) not in NORM_TYPES:
+            known = " or ".join(f"{norm} ({kind})" for norm, kind in NORM_TYPES.items())
+            raise WeightsError(f"config.json has norm_type={str(norm)[:60]} of a {name}, expected {known}")
+        return NORM_TYPES[norm]
+    return next((kind for kind, row in COMPONENTS.items() if name in row.class_names), None)
+
+
+def class_name(config: Config) -> str:
+    return str(config.get("_class_name") or next(iter(config.get("architectures") or ["?"])))[:80]

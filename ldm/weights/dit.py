@@ -1,7 +1,8 @@
 """DiT and SiT in published files: names (tables as in `ledger`) and the arguments of our constructor.
 
 Deviation of diffusers: it divides the time's exponents by half - 1 and has 1e-5 in the norm before the MLP, so the same
-weights give other images there. Folders of its layout are read as it computes them, original files as the authors did.
+weights give other images there. What its folders hold was trained by the authors' code, so it is read as that computes,
+unless the folder is ours and says otherwise; FORMULAS names both.
 """
 
 import math
@@ -15,7 +16,7 @@ from ldm.models.dit import DiT
 from ldm.nn.embeddings import position_table
 from ldm.utils.errors import WeightsError
 from ldm.weights.formats import MAX_REPEATS, Config, Shapes, check_fixed
-from ldm.weights.ledger import Names, to_ours, to_theirs, translate, without
+from ldm.weights.ledger import Names, equal, to_ours, to_theirs, translate, without
 
 ORIGINAL = [  # the authors' DiT-XL-2-256x256.pt, and SiT's
     (r"^patch_embed\.", "x_embedder.proj."),
@@ -44,6 +45,7 @@ FIXED = {  # knobs of diffusers that change the result without changing a key; o
     "norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True,
     "norm_elementwise_affine": False,
 }  # fmt: skip
+FORMULAS = {"original": {"freq_shift": 0, "mlp_eps": 1e-6}, "diffusers": {"freq_shift": 1, "mlp_eps": 1e-5}}
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width, as published; others have heads of 64
 
 
@@ -58,30 +60,31 @@ def diffusers_names(keys: Iterable[str]) -> Names:
 def from_original(state: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
     """The authors' state dict under our names. WeightsError unless every key is used, none is missing, and the table
     of positions, which ours computes, is the one that is meant."""
-    if (table := state.get("pos_embed")) is not None:
+    if (table := state.get("pos_embed")) is not None and not table.is_meta:
         side = math.isqrt(table.shape[1])
         expected = position_table((side, side), table.shape[2], base=side)
-        if not torch.allclose(table[0].float(), expected, atol=1e-2 if table.dtype != torch.float32 else 1e-5):
+        if not torch.allclose(table[0].float().cpu(), expected, atol=1e-2 if table.dtype != torch.float32 else 1e-5):
             raise WeightsError("pos_embed is not the fixed sin-cos table of DiT: the weights are another network's")
     return to_ours(without(state, lambda key: key == "pos_embed"), original_names(keys))
 
 
-def to_original(state: Mapping[str, Tensor], sample_size: int | None = None) -> dict[str, Tensor]:
-    """The inverse of `from_original`; with the table of positions, which the authors' code needs, for a sample_size."""
-    published = to_theirs(state, original_names(state))
-    if sample_size is None:
-        return published
-    kernel = state["patch_embed.weight"]  # D C p p
-    side = sample_size // kernel.shape[2]
-    table = position_table((side, side), kernel.shape[0], base=side, device=kernel.device)
-    return {"pos_embed": table[None].to(kernel.dtype)} | published
+def to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `from_original`, without the table of positions."""
+    return to_theirs(state, original_names(state))
+
+
+def computed(net: DiT) -> dict[str, Tensor]:
+    """The table of positions, which the authors' code reads from the file."""
+    weight, side = net.patch_embed.weight, net.sample_size // net.patch_size
+    table = position_table((side, side), len(weight), base=side, device=weight.device)
+    return {"pos_embed": table[None].to(weight.dtype)}  # 1 N D
 
 
 def from_diffusers(state: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
     """A diffusers state dict under our names. WeightsError as `from_original`, or where copies differ."""
     copies = [key for key in state if _first(key) not in (None, key)]
     for key in copies:
-        if _first(key) not in state or not torch.equal(state[key], state[_first(key)]):
+        if _first(key) not in state or not equal(state[key], state[_first(key)]):
             raise WeightsError(f"{key} differs from {_first(key)}: DiT has one embedding of time and class for all")
     return to_ours(without(state, set(copies).__contains__), diffusers_names(keys))
 
@@ -111,6 +114,7 @@ def dit_from_config(config: Config) -> Config:
     check_fixed(config, FIXED)
     in_channels = config.get("in_channels", 4)
     heads = config.get("num_attention_heads", 16)
+    ours = {"freq_shift": config.get("freq_shift"), "mlp_eps": config.get("norm_eps", 1e-5)}
     return {
         "in_channels": in_channels,
         "sample_size": config.get("sample_size", 32),
@@ -120,8 +124,7 @@ def dit_from_config(config: Config) -> Config:
         "num_heads": heads,
         "num_classes": config.get("num_embeds_ada_norm", 1000),
         "learned_variance": learned_variance(in_channels, config.get("out_channels") or in_channels),
-        "freq_shift": config.get("freq_shift", 1),  # a key of ours, which diffusers ignores
-        "mlp_eps": config.get("norm_eps", 1e-5),
+        **(ours if "freq_shift" in config else FORMULAS["original"]),  # a key of ours, which diffusers ignores
     }
 
 

@@ -19,7 +19,9 @@ Config = dict[str, Any]
 
 MAX_NUMBER = 1 << 16  # of any width or count in a config, MAX_REPEATS of any number of blocks: checked before building
 MAX_REPEATS = 100
-REPEATS = ("num_res_blocks", "depth")
+MAX_OF = {"num_res_blocks": MAX_REPEATS, "depth": MAX_REPEATS, "vocab_size": 300_000}
+NAMES = ("activation", "conditioning", "modulation")  # of which a constructor takes only what it knows
+FRACTIONS = ("mlp_eps", "interpolation")
 UNET_FIXED = {  # knobs of diffusers that change the result without changing a key; other values are other networks
     "act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
     "downsample_padding": 1, "mid_block_scale_factor": 1, "center_input_sample": False, "only_cross_attention": False,
@@ -260,16 +262,13 @@ def multiples(widths: list[int]) -> list[int]:
 
 
 def check_bounds(arguments: Config) -> Config:
-    """The arguments, when each is a number in bounds or a short list of them: a file must not build a monster.
-
-    Of the rest, an activation, the constructor itself takes only what it knows.
-    """
+    """The arguments, when each is a number in bounds or a short list of them: a file must not build a monster."""
     for name, value in arguments.items():
-        if name == "activation":
+        if name in NAMES and isinstance(value, str):
             continue
-        numbers = value if isinstance(value, list) else [value]
-        most = MAX_REPEATS if name in REPEATS else MAX_NUMBER
-        if len(numbers) > MAX_REPEATS or not all(n is None or isinstance(n, int) and 0 <= n <= most for n in numbers):
+        numbers, most = value if isinstance(value, list) else [value], MAX_OF.get(name, MAX_NUMBER)
+        kinds = int | float if name in FRACTIONS else int
+        if len(numbers) > MAX_REPEATS or not all(n is None or isinstance(n, kinds) and 0 <= n <= most for n in numbers):
             raise WeightsError(f"{name}={str(value)[:60]} describes no network: expected numbers up to {most}")
     return arguments
 

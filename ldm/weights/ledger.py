@@ -72,6 +72,11 @@ def to_theirs(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
     return published
 
 
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit; of tensors that have only a shape, as far as one can tell."""
+    return a.shape == b.shape and (a.is_meta or torch.equal(a, b))
+
+
 def listing(keys: list[str]) -> str:
     """The first three keys and how many there are."""
     return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "none"

@@ -12,7 +12,7 @@ from ldm.io.folders import appearing
 from ldm.io.tensors import write_tensors
 from ldm.io.text import write_json
 from ldm.utils.errors import ConfigError, LdmError, WeightsError
-from ldm.weights.components import COMPONENTS, component_of
+from ldm.weights.components import COMPONENTS, row_of
 from ldm.weights.detect import MARKERS, looks_like
 from ldm.weights.formats import Config, check_bounds
 from ldm.weights.formats_clip import text_used
@@ -32,25 +32,33 @@ def load_model(
     *,
     variant: str | None = None,
     ema: bool = True,
+    formula: str | None = None,
 ) -> nn.Module:
     """A published network in eval mode, from a diffusers folder or an original file. Raises WeightsError.
 
-    component: "unet", "vae", "text_encoder", "text_encoder_2", "image_encoder"; by default the only one there, of a
-    whole system its UNet. dtype: None keeps the file's. variant: of a folder's files, such as "fp16". ema: the averaged
-    weights where a training checkpoint has both.
+    component: "unet", "transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder"; by default the only one
+    there, of a whole system what draws. dtype: None keeps the file's. variant: of a folder's files, such as "fp16".
+    ema: the averaged weights where a training checkpoint has both. formula: of a DiT, "original" or "diffusers", which
+    compute different images from the same weights (`ldm.weights.dit`); None: original, or what a file of ours says.
     """
-    return load_source(open_source(Path(path), component, variant=variant, ema=ema), dtype, device)
+    source = open_source(Path(path), component, variant=variant, ema=ema)
+    return load_source(source, dtype, device, formula=formula)
 
 
 def load_source(
-    source: Source, dtype: torch.dtype | None, device: torch.device | str = "cpu", *, whole: bool = False
+    source: Source,
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
+    *,
+    whole: bool = False,
+    formula: str | None = None,
 ) -> nn.Module:
     """The network of an opened source. Nothing is read before every name and shape has been found right.
 
-    whole: with the last block and projection of a text encoder that no system reads (SD 2.x).
+    whole: with the last block and projection of a text encoder that no system reads (SD 2.x). formula: `load_model`.
     """
-    net = _build(source, whole)
-    translate = COMPONENTS[source.component].layouts[source.layout].read
+    net = _build(source, whole, formula)
+    translate = COMPONENTS[source.kind].layouts[source.layout].read
     keys = net.state_dict()
     _check(source, keys, translate)
     reading = Lazy({name: partial(stored.read, dtype, device) for name, stored in source.stored.items()})
@@ -63,7 +71,7 @@ def arguments_of(source: Source, *, whole: bool = False) -> Config:
 
     Raises WeightsError for what describes none; `whole` as in `load_source`.
     """
-    component = COMPONENTS[source.component]
+    component = COMPONENTS[source.kind]
     has_config = source.config is not None and not (whole and source.arguments)
     try:
         if has_config:
@@ -79,12 +87,15 @@ def arguments_of(source: Source, *, whole: bool = False) -> Config:
         raise _undescribed(source, error) from error
 
 
-def _build(source: Source, whole: bool) -> nn.Module:
+def _build(source: Source, whole: bool, formula: str | None) -> nn.Module:
     """The network without memory of its own."""
-    arguments = arguments_of(source, whole=whole)
+    component, arguments = COMPONENTS[source.kind], arguments_of(source, whole=whole)
+    if formula is not None and formula not in component.formulas:
+        known = " or ".join(component.formulas) or f"none for {source.component}, whose formula no program changed"
+        raise ConfigError(f"{source.path}: formula={formula} is not known; expected {known}")
     try:
         with torch.device("meta"):
-            return COMPONENTS[source.component].network(**arguments)
+            return component.network(**arguments | component.formulas.get(formula, {}))
     except LdmError as error:
         raise WeightsError(f"{source.path}: {error}") from error
     except MALFORMED as error:
@@ -127,7 +138,7 @@ def save_model(
     if layout not in LAYOUTS:
         raise ConfigError(f"{dst}: layout={layout!r} is not known; expected one of {', '.join(LAYOUTS)}")
     if layout == "original":
-        return write_original({component_of(net): net}, Path(dst))
+        return write_original({row_of(net).folders[0]: net}, Path(dst))
     with appearing(Path(dst)) as folder:
         write_folder(net, folder, config)
 
@@ -137,7 +148,7 @@ def write_folder(net: nn.Module, folder: Path, config: Config | None = None, use
 
     used: arguments of the network that a system makes of this one; what else it holds goes into a file of its own.
     """
-    component = COMPONENTS[component_of(net)]
+    component = row_of(net)
     state = component.layouts["diffusers"].write(net.state_dict())
     if used:
         arguments = component.arguments(net)
@@ -159,13 +170,13 @@ def write_original(
     settings: what the networks do not show (`pipeline`), for this program; the markers of SDXL's are for others too.
     """
     check_destination(dst)
-    metadata = {name: COMPONENTS[name].arguments(net) for name, net in nets.items()}
+    metadata = {name: row_of(net).arguments(net) for name, net in nets.items()}
     metadata |= {"settings": settings} if settings else {}
     state = {}
     for name, net in nets.items():
-        component = COMPONENTS[name]
+        component = row_of(net)
         prefix, layout = (component.prefix, "original") if len(nets) == 1 else _place(name, system, dst)
-        published = component.layouts[layout].write(net.state_dict())
+        published = component.layouts[layout].write(net.state_dict()) | component.computed(net)
         state |= {prefix + key: tensor for key, tensor in published.items()}
     if system and system.startswith("sdxl"):
         found = (settings or {}).items()
@@ -185,7 +196,7 @@ def check_destination(dst: Path) -> None:
 def _place(component: str, system: str | None, dst: Path) -> tuple[str, str]:
     """Prefix and layout of a component in the original file of a system."""
     for place in places_of(system) if system else ():
-        if place.folder == component:
+        if place.folder == component and place.prefix:
             return place.prefix, place.layout
     what = f"of system {system}" if system else "without a UNet"
     raise WeightsError(f"{dst}: {component} has no place in an original file {what}; write it alone, with --component")

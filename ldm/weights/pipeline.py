@@ -1,30 +1,35 @@
 """What a diffusers pipeline holds besides its networks: settings, read and written; schedulers and vocabularies."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ldm.conditioning.clip_tokenizer import BOS, EOS, LENGTH, read_clip_tokenizer
+from ldm.conditioning.t5_tokenizer import read_t5_tokenizer
 from ldm.io.files import replacing
 from ldm.io.stored import index_tensors
 from ldm.io.tensors import read_header
 from ldm.io.text import read_config, write_json
 from ldm.utils.errors import DataError, WeightsError
+from ldm.weights.components import class_name
 from ldm.weights.detect import MARKERS
 from ldm.weights.formats import Config
-from ldm.weights.places import places_of
+from ldm.weights.places import SYSTEMS, places_of
 
-CLASSES = {
+CLASSES = {  # of a pipeline; of a system without a line here: those of its family
     "sd15": "StableDiffusionPipeline",
     "sd15_inpaint": "StableDiffusionInpaintPipeline",
     "sd21": "StableDiffusionPipeline",
-    "sd21_base": "StableDiffusionPipeline",
     "sd21_inpaint": "StableDiffusionInpaintPipeline",
     "sdxl": "StableDiffusionXLPipeline",
     "sdxl_inpaint": "StableDiffusionXLInpaintPipeline",
     "sdxl_refiner": "StableDiffusionXLImg2ImgPipeline",
+    "dit": "DiTPipeline",
+    "pixart": "PixArtAlphaPipeline",
+    "pixart_sigma": "PixArtSigmaPipeline",
 }
+TEXT_LENGTHS = {CLASSES["pixart"]: 120, CLASSES["pixart_sigma"]: 300}  # tokens of a caption
 VERSION = "0.30.0"  # of diffusers, whose form of these files is written; its inpainting asks for one
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 COMMON = BETAS | {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1}
@@ -34,17 +39,26 @@ EULER = COMMON | {
     "_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon", "timestep_spacing": "leading",
     "interpolation_type": "linear", "use_karras_sigmas": False,
 }  # fmt: skip
-SCHEDULERS = {"sd15": PNDM, "sd15_inpaint": PNDM, "sd21": DDIM, "sd21_base": PNDM, "sd21_inpaint": PNDM}  # else EULER
+LINEAR = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+DIT = LINEAR | {"_class_name": "DDIMScheduler", "prediction_type": "epsilon", "clip_sample": False}
+PIXART = LINEAR | {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "epsilon"}
+SCHEDULERS = {
+    "sd15": PNDM, "sd15_inpaint": PNDM, "sd21": DDIM, "sd21_base": PNDM, "sd21_inpaint": PNDM, "sdxl": EULER,
+    "sdxl_inpaint": EULER, "sdxl_refiner": EULER, "dit": DIT, "pixart": PIXART,
+}  # fmt: skip
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 MODEL_SPEC = {"epsilon": "eps", "v": "v"}  # `modelspec.prediction_type` in the header of community files
 SCHEDULE = {"rescale_betas_zero_snr": "zero_terminal_snr"} | {name: name for name in BETAS}
 TYPES = {
     "prediction": (str,), "zero_terminal_snr": (bool,), "zero_null": (bool,), "scale": (int, float),
     "shift": (int, float), "num_train_timesteps": (int,), "beta_start": (int, float), "beta_end": (int, float),
-    "beta_schedule": (str,),
+    "beta_schedule": (str,), "text_length": (int,), "class_names": (list,),
 }  # fmt: skip
 SCALES = {"scaling_factor": "scale", "shift_factor": "shift"}
 LATENT_SCALES = {"sd15": 0.18215, "sd21": 0.18215, "sdxl": 0.13025, "sdxl_refiner": 0.13025}  # by family
+NULL_CAPTION = "y_embedder.y_embedding"  # of PixArt's original files, as long as a caption
+VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json")
+TOKENIZERS = {"clip_text": read_clip_tokenizer, "t5": read_t5_tokenizer}
 
 
 def read_settings(path: Path) -> Config:
@@ -61,15 +75,31 @@ def read_settings(path: Path) -> Config:
 
 def _folder_settings(path: Path) -> Config:
     scheduler = read_scheduler(path)
-    settings = _renamed(scheduler, SCHEDULE) | _renamed(_optional(path / "vae/config.json"), SCALES)
-    settings |= _renamed(_optional(path / "model_index.json"), {"force_zeros_for_empty_prompt": "zero_null"})
+    settings = _renamed(scheduler, SCHEDULE) | scales(_optional(path / "vae/config.json"))
+    index = _optional(path / "model_index.json")
+    settings |= _renamed(index, {"force_zeros_for_empty_prompt": "zero_null"}) | _class_names(index.get("id2label"))
+    length = TEXT_LENGTHS.get(str(index.get("_class_name")))
+    settings |= {"text_length": length} if length else {}
     kind = scheduler.get("prediction_type")
     return settings | ({"prediction": PREDICTIONS.get(str(kind), kind)} if kind else {})
 
 
+def scales(config: Config) -> Config:
+    """What the config.json of an autoencoder says of its latents."""
+    return _renamed(config, SCALES)
+
+
+def _class_names(table: Any) -> Config:
+    """Of DiT's model_index.json, whose keys are the classes as text; nothing where not each has a name."""
+    names = [table.get(str(i)) for i in range(len(table))] if isinstance(table, dict) else []
+    return {"class_names": names} if names and all(isinstance(name, str) for name in names) else {}
+
+
 def _file_settings(path: Path) -> Config:
     names = index_tensors(path)
-    settings = dict(setting for name, setting in MARKERS.items() if name in names)
+    settings: Config = dict(setting for name, setting in MARKERS.items() if name in names)
+    lengths = [stored.shape[0] for name, stored in names.items() if name.endswith(NULL_CAPTION)]
+    settings |= {"text_length": lengths[0]} if lengths else {}
     if path.suffix != ".safetensors":
         return settings
     header = read_header(path)
@@ -84,12 +114,24 @@ def read_scheduler(path: Path) -> Config:
     return _optional(path / "scheduler/scheduler_config.json")
 
 
-def read_tokenizer(path: Path) -> str | None:
-    """The vocabulary of a pipeline folder as JSON, or None: all encoders of a system share one."""
-    for folder in (path / "tokenizer", path / "tokenizer_2"):
-        if folder.is_dir():
-            return read_clip_tokenizer(folder).to_json()
-    return None
+def read_vocabulary(path: Path, system: str) -> str:
+    """A vocabulary of the kind that the system's text encoders share, as JSON. Raises WeightsError."""
+    kind = next((place.kind for place in places_of(system) if place.kind in TOKENIZERS), None)
+    if kind is None:
+        raise WeightsError(f"{path}: the system {system} reads no text, so it has no use for a vocabulary")
+    return TOKENIZERS[kind](path).to_json()
+
+
+def read_tokenizer(folders: Iterable[Path], system: str) -> str | None:
+    """The vocabulary in the first folder that has one."""
+    there = (folder for folder in folders if any((folder / name).is_file() for name in VOCABULARIES))
+    folder = next(there, None)
+    return read_vocabulary(folder, system) if folder else None
+
+
+def vocabularies(path: Path) -> list[Path]:
+    """Folders of a pipeline, or beside an encoder, that may hold a vocabulary."""
+    return [path / "tokenizer", path / "tokenizer_2", path, path.parent / "tokenizer"] if path.is_dir() else []
 
 
 def write_pipeline(folder: Path, system: str, settings: Config, scheduler: Config, tokenizer: str | None) -> None:
@@ -98,23 +140,29 @@ def write_pipeline(folder: Path, system: str, settings: Config, scheduler: Confi
     scheduler = scheduler or _published_scheduler(system, settings)
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler/scheduler_config.json", scheduler)
-    index = {"_class_name": CLASSES[system], "_diffusers_version": VERSION}
+    kind = CLASSES.get(system) or CLASSES["pixart_sigma" if "sigma" in system else SYSTEMS[system]]
+    index = {"_class_name": kind, "_diffusers_version": VERSION}
     index["scheduler"] = ["diffusers", scheduler.get("_class_name", "PNDMScheduler")]
     for place in places_of(system):
         config = read_config(folder / place.folder / "config.json")
-        is_text = place.folder.startswith("text_encoder")
-        kind = config["architectures"][0] if is_text else config["_class_name"]
-        index[place.folder] = ["transformers" if is_text else "diffusers", kind]
+        is_text = place.kind in TOKENIZERS
+        index[place.folder] = ["transformers" if is_text else "diffusers", class_name(config)]
         if is_text:
             name = place.folder.replace("text_encoder", "tokenizer")
-            index[name] = ["transformers", "CLIPTokenizer"] if tokenizer else [None, None]
-            if tokenizer:
+            written = "T5TokenizerFast" if place.kind == "t5" else "CLIPTokenizer"
+            index[name] = ["transformers", written] if tokenizer else [None, None]
+            if tokenizer and place.kind == "t5":
+                write_t5_tokenizer(folder / name, tokenizer)
+            elif tokenizer:
                 write_tokenizer(folder / name, tokenizer, EOS if place.slot == "clip_l" else "!")
     write_json(folder / "model_index.json", index | _pipeline_knobs(system, settings))
 
 
 def _pipeline_knobs(system: str, settings: Config) -> Config:
     """Arguments of the pipeline's class, and the parts that it has not."""
+    if SYSTEMS[system] in ("dit", "pixart"):
+        names = settings.get("class_names")
+        return {"id2label": {str(i): name for i, name in enumerate(names)}} if names else {}
     if not system.startswith("sdxl"):
         return {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     is_refiner = system == "sdxl_refiner"
@@ -126,12 +174,22 @@ def _pipeline_knobs(system: str, settings: Config) -> Config:
 
 def _published_scheduler(system: str, settings: Config) -> Config:
     """scheduler_config.json as its authors published it, but with the settings that the files say."""
-    config = SCHEDULERS.get(system, EULER) | {name: settings[name] for name in BETAS if name in settings}
+    config = SCHEDULERS.get(system) or SCHEDULERS[SYSTEMS[system]]
+    config = config | {name: settings[name] for name in BETAS if name in settings}
     kinds = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     config |= {"prediction_type": kinds[settings["prediction"]]} if "prediction" in settings else {}
     if settings.get("zero_terminal_snr"):
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return config
+
+
+def write_t5_tokenizer(folder: Path, tokenizer: str) -> None:
+    """The files from which transformers makes a T5Tokenizer."""
+    marks = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    folder.mkdir()
+    with replacing(folder / "tokenizer.json") as file:
+        file.write(tokenizer.encode())
+    write_json(folder / "tokenizer_config.json", marks | {"tokenizer_class": "T5TokenizerFast", "extra_ids": 100})
 
 
 def write_tokenizer(folder: Path, tokenizer: str, pad: str) -> None:
@@ -153,8 +211,8 @@ def write_tokenizer(folder: Path, tokenizer: str, pad: str) -> None:
 
 
 def _optional(path: Path) -> Config:
-    try:
-        return read_config(path) if path.is_file() else {}
+    try:  # lenient: DPM-Solver's scheduler has lambda_min_clipped=-Infinity
+        return read_config(path, lenient=True) if path.is_file() else {}
     except DataError as error:
         raise WeightsError(str(error)) from error
 

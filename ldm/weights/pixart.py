@@ -75,8 +75,15 @@ def from_original(state: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str,
 
 
 def to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `from_original`, without the two tensors that the authors' code makes itself."""
+    """The inverse of `from_original`, without `DEAD`."""
     return to_theirs(state, original_names(state))
+
+
+def computed(net: PixArt) -> dict[str, Tensor]:
+    """The table of positions, by whose length a file tells its resolution."""
+    side = net.sample_size // net.patch_size
+    weight = net.patch_embed.weight
+    return {"pos_embed": net.positions((side, side), weight.device)[None].to(weight.dtype)}  # 1 N D
 
 
 def from_diffusers(state: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:

@@ -9,12 +9,12 @@ from ldm.io.stored import Stored, index_tensors
 from ldm.io.tensors import PICKLES, read_header
 from ldm.io.text import read_config
 from ldm.utils.errors import DataError, WeightsError
-from ldm.weights.components import COMPONENTS
+from ldm.weights.components import COMPONENTS, FOLDERS, class_name, kind_of
 from ldm.weights.detect import Part, find_parts, looks_like
 from ldm.weights.formats import Config
 from ldm.weights.ledger import listing
+from ldm.weights.places import NETWORKS
 
-DEFAULT = "unet"  # of a whole system
 SUFFIXES = (".safetensors", ".bin")
 UNUSED = "unused.safetensors"  # beside a text encoder: what only its original file has, SD 2's last block
 
@@ -25,6 +25,7 @@ class Source:
 
     path: Path
     component: str  # by the name of its folder
+    kind: str  # of `components.COMPONENTS`
     layout: str  # original | diffusers | open_clip
     stored: Mapping[str, Stored]
     config: Config | None = None  # config.json of a folder
@@ -33,12 +34,12 @@ class Source:
 
 
 def open_source(path: Path, component: str | None = None, *, variant: str | None = None, ema: bool = True) -> Source:
-    """The component asked for; by default the only one there, of a whole system its UNet. Raises WeightsError."""
+    """The component asked for; by default the only one there, of a whole system what draws. Raises WeightsError."""
     _check_exists(path)
     if path.is_dir():
         return _open_folder(path, component, variant)
     contents = _contents(path, ema)
-    first = DEFAULT if DEFAULT in contents.parts else next(iter(contents.parts))
+    first = next((name for name in NETWORKS if name in contents.parts), next(iter(contents.parts)))
     return _open_part(path, component or first, contents)
 
 
@@ -47,8 +48,8 @@ def open_sources(path: Path, *, variant: str | None = None, ema: bool = True) ->
     _check_exists(path)
     if not path.is_dir():
         contents = _contents(path, ema)
-        return {name: _open_part(path, name, contents) for name in contents.parts if name in COMPONENTS}
-    names = [name for name in components_in(path) if name in COMPONENTS]
+        return {name: _open_part(path, name, contents) for name in contents.parts}
+    names = [name for name in components_in(path) if name in FOLDERS]
     return {name: _open_folder(path, name, variant) for name in names}
 
 
@@ -58,7 +59,7 @@ def components_in(path: Path) -> list[str]:
     if not path.is_dir():
         return list(_contents(path, ema=False).parts)
     if (path / "config.json").is_file():
-        return [_component_of_config(path, _config(path))]
+        return [_described(path, _config(path))[0]]
     return sorted(folder.parent.name for folder in path.glob("*/config.json") if weights_in(folder.parent))
 
 
@@ -92,34 +93,34 @@ def _contents(path: Path, ema: bool) -> Contents:
 
 def _open_part(path: Path, name: str, contents: Contents) -> Source:
     index, parts, ours = contents
-    if name not in parts or name not in COMPONENTS:
-        there = [part for part in parts if part in COMPONENTS]
-        raise WeightsError(f"{path}: no component {name!r} that can be loaded; there is {', '.join(there) or 'none'}")
-    layout, names = parts[name]
+    if name not in parts:
+        raise WeightsError(f"{path}: no component {name!r} that can be loaded; there is {', '.join(parts)}")
+    kind, layout, names = parts[name]
     stored = {their: index[key] for their, key in names.items() if key in index}
     if layout == "diffusers":
         if not (path.parent / "config.json").is_file():
             raise WeightsError(f"{path}: of the diffusers layout, which needs its config.json beside the file")
-        return Source(path, name, layout, stored, _config(path.parent))
-    return Source(path, name, layout, stored, arguments=ours.get(name), in_system=len(parts) > 1)
+        return Source(path, name, kind, layout, stored, _config(path.parent))
+    return Source(path, name, kind, layout, stored, arguments=ours.get(name), in_system=len(parts) > 1)
 
 
 def _open_folder(path: Path, component: str | None, variant: str | None) -> Source:
-    folder = path if (path / "config.json").is_file() else path / (component or DEFAULT)
-    if not (folder / "config.json").is_file():
+    names = [component] if component else NETWORKS
+    folder = next((f for f in (path, *(path / name for name in names)) if (f / "config.json").is_file()), None)
+    if folder is None:
         there = sorted(inner.parent.name for inner in path.glob("*/config.json"))
         found = f"the components there are: {', '.join(there)}" if there else "expected a diffusers folder or a file"
-        raise WeightsError(f"{folder}: no config.json; {found}")
+        raise WeightsError(f"{path / names[0]}: no config.json; {found}")
     config = _config(folder)
-    name = _component_of_config(folder, config)
-    if component not in (None, name) and folder == path:
-        raise WeightsError(f"{path}: holds the component {name!r}, not {component!r}")
-    if name not in COMPONENTS:
-        raise WeightsError(f"{folder}: holds a {name}; what can be loaded is {', '.join(COMPONENTS)}")
-    stored, ours = _index_folder(folder, COMPONENTS[name].files, variant), None
+    name, kind = _described(folder, config)
+    if kind is None:
+        raise WeightsError(f"{folder}: holds a {name}; what can be loaded is {', '.join(FOLDERS)}")
+    if component not in (None, *COMPONENTS[kind].folders):
+        raise WeightsError(f"{folder}: holds the component {name!r}, not {component!r}")
+    stored, ours = _index_folder(folder, COMPONENTS[kind].files, variant), None
     if (unused := folder / UNUSED).is_file():
         stored, ours = stored | index_tensors(unused), read_header(unused).ldm.get(name)
-    return Source(folder, name, "diffusers", stored, config, ours)
+    return Source(folder, component or name, kind, "diffusers", stored, config, ours)
 
 
 def _config(folder: Path) -> Config:
@@ -129,12 +130,19 @@ def _config(folder: Path) -> Config:
         raise WeightsError(str(error)) from error
 
 
-def _component_of_config(folder: Path, config: Config) -> str:
-    """By the class that config.json names, and where two components are of one class by the folder's name; that of a
-    class unknown here is its own name."""
-    kind = config.get("_class_name") or next(iter(config.get("architectures") or ["?"]))
-    names = [name for name, row in COMPONENTS.items() if kind in row.class_names] or [str(kind)[:80]]
-    return folder.name if folder.name in names else names[0]
+def _described(folder: Path, config: Config) -> tuple[str, str | None]:
+    """Name and kind by the class that config.json names, and where a kind has two names by that of the folder.
+
+    A class unknown here is its own name and has no kind. Raises WeightsError.
+    """
+    try:
+        kind = kind_of(config)
+    except WeightsError as error:
+        raise WeightsError(f"{folder}: {error}") from error
+    if kind is None:
+        return class_name(config), None
+    names = COMPONENTS[kind].folders
+    return folder.name if folder.name in names else names[0], kind
 
 
 def _index_folder(folder: Path, stems: Mapping[str, str], variant: str | None) -> dict[str, Stored]:

@@ -1,4 +1,4 @@
-"""A published system: the UNet, the autoencoder and the text encoders that belong together, from one path."""
+"""A published system: the network that draws, the autoencoder and the text encoders that belong together."""
 
 import os
 from collections.abc import Mapping
@@ -10,13 +10,16 @@ from torch import nn
 
 from ldm.io.stored import index_tensors
 from ldm.utils.errors import WeightsError
-from ldm.weights.components import COMPONENTS, component_of
+from ldm.weights.components import row_of
 from ldm.weights.detect import looks_like
 from ldm.weights.formats import Config
 from ldm.weights.load import arguments_of, load_source
-from ldm.weights.pipeline import CLASSES, read_settings, read_tokenizer
-from ldm.weights.places import places_of, system_of
-from ldm.weights.sources import Source, components_in, open_sources, shapes_of, weights_in
+from ldm.weights.pipeline import BETAS, read_settings, read_tokenizer, scales, vocabularies
+from ldm.weights.places import NETWORKS, others_of, places_of, system_of
+from ldm.weights.sources import Source, components_in, open_source, open_sources, shapes_of, weights_in
+
+Parts = Mapping[str, str | os.PathLike]  # what a path lacks, or has otherwise: "vae", "text_encoder" -> another path
+NONE: Parts = {}
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class System:
 
     path: Path
     name: str  # of a file of configs/system
-    networks: dict[str, nn.Module]  # by slot: network, autoencoder, clip_l, clip_h, clip_g; in eval mode
+    networks: dict[str, nn.Module]  # by slot: network, autoencoder, clip_l, clip_h, clip_g, t5; in eval mode
     nodes: dict[str, Config]  # by slot: what builds the network without the file
     tokenizer: str | None  # the vocabulary as JSON, where a folder holds one
     settings: Config  # `pipeline.read_settings`
@@ -39,69 +42,96 @@ def load_system(
     name: str | None = None,
     variant: str | None = None,
     ema: bool = True,
+    parts: Parts = NONE,
+    formula: str | None = None,
 ) -> System:
     """All networks of a diffusers pipeline or an original file, each read once. Raises WeightsError.
 
     dtype: None keeps the files'; the autoencoder is float32 otherwise, since SDXL's overflows in float16.
-    name: what the path holds, where `identify` cannot tell (SD 2's prediction in a single file).
+    name: what the path holds, where `identify` cannot tell (SD 2's prediction in a single file, SiT).
+    parts: where the networks are that an original file of DiT or PixArt lacks. formula: a DiT's, as in `load_model`.
     """
     path = Path(path)
-    sources, settings = _open_system(path, variant, ema), read_settings(path)
+    sources, settings = _open_system(path, variant, ema, parts)
     system = name_system(path, sources, settings, name)
     networks, nodes = {}, {}
     for place in places_of(system):
         keeps = dtype is None or place.slot != "autoencoder"
-        net = load_source(sources[place.folder], dtype if keeps else torch.float32, device)
+        own = formula if place.slot == "network" else None
+        net = load_source(sources[place.folder], dtype if keeps else torch.float32, device, formula=own)
         networks[place.slot], nodes[place.slot] = net, node_of(net)
-    tokenizer = read_tokenizer(path) if path.is_dir() else None
+    texts = [place.folder for place in places_of(system) if place.folder.startswith("text_encoder")]
+    beside = [path, *(Path(parts[folder]) for folder in texts if folder in parts)] if texts else []
+    tokenizer = read_tokenizer([folder for where in beside for folder in vocabularies(where)], system)
     return System(path, system, networks, nodes, tokenizer, settings)
 
 
-def identify(path: str | os.PathLike) -> str:
+def identify(path: str | os.PathLike, parts: Parts = NONE) -> str:
     """The name of the system at a path, from names and shapes alone. Raises WeightsError for anything else.
 
-    SD 2 in a single file that does not say what it predicts is taken for its larger model, which predicts v.
+    SD 2 in a single file that does not say what it predicts is taken for its larger model, which predicts v; SiT, whose
+    files are like DiT's, for DiT.
     """
     path = Path(path)
-    return name_system(path, _open_system(path, None, True), read_settings(path))
+    return name_system(path, *_open_system(path, None, True, parts))
 
 
 def node_of(net: nn.Module) -> Config:
     """The node of a config that builds a network like this one."""
     kind = type(net)
-    return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **COMPONENTS[component_of(net)].arguments(net)}
+    return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **row_of(net).arguments(net)}
 
 
-def _open_system(path: Path, variant: str | None, ema: bool) -> dict[str, Source]:
-    """The components at a path, which are a UNet and others."""
+def _open_system(path: Path, variant: str | None, ema: bool, parts: Parts) -> tuple[dict[str, Source], Config]:
+    """The components at a path, among which is a network that draws, with those given; and the settings."""
     there = components_in(path)
-    if "unet" not in there or len(there) == 1:
+    if not set(NETWORKS) & set(there):
         raise WeightsError(f"{path}: {_words(path, there)} only; expected a whole system: UNet, VAE and text encoders")
-    return open_sources(path, variant=variant, ema=ema)
+    sources, settings = open_sources(path, variant=variant, ema=ema), read_settings(path)
+    for name, part in parts.items():
+        sources[name] = open_source(Path(part), name, ema=ema)
+        settings |= scales(sources[name].config or {}) if name == "vae" else {}
+    return sources, settings
 
 
 def name_system(path: Path, sources: Mapping[str, Source], settings: Config, name: str | None = None) -> str:
     """The system of these components, if they are all there and fit together. Raises WeightsError.
 
-    name: where the files cannot tell what SD 2 predicts, or are wrong about it; their setting is then dropped.
+    name: where the files cannot tell, or are wrong about it; a setting of theirs that it contradicts is then dropped.
     """
-    unet = arguments_of(sources["unet"])
+    source = next(sources[folder] for folder in NETWORKS if folder in sources)
+    network = arguments_of(source)
     try:
-        found = system_of(unet)
+        found = system_of(source.kind, network, settings)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
-    folders = [place.folder for place in places_of(found)]
-    if missing := [folder for folder in folders if folder not in sources]:
-        raise WeightsError(f"{path}: the system {found} without {', '.join(missing)}; expected {', '.join(folders)}")
-    texts = [arguments_of(sources[folder]) for folder in folders if folder.startswith("text_encoder")]
-    if (width := sum(text["width"] for text in texts)) != unet["context_dim"]:
-        raise WeightsError(f"{path}: text encoders of width {width}, but its UNet reads text of {unet['context_dim']}")
     said = "sd21_base" if (found, settings.get("prediction")) == ("sd21", "eps") else found
-    if name and (name not in CLASSES or name.removesuffix("_base") != found):
+    if name and name not in others_of(found):
         raise WeightsError(f"{path}: holds the system {said}, not {name}; give another path, or leave the name out")
+    _check_parts(path, sources, found, network)
     if name and name != said:
-        settings.pop("prediction", None)
+        for setting in ("prediction", *(BETAS if name.startswith("sit") else ())):
+            settings.pop(setting, None)
     return name or said
+
+
+def _check_parts(path: Path, sources: Mapping[str, Source], system: str, network: Config) -> None:
+    """WeightsError unless the system is whole, each part is of its kind, and the texts are as wide as it reads them."""
+    places = {place.folder: place for place in places_of(system)}
+    if missing := [folder for folder in places if folder not in sources]:
+        advice = f"give what is missing, as in {missing[0]}=PATH"
+        raise WeightsError(
+            f"{path}: the system {system} without {', '.join(missing)}; expected {', '.join(places)}: {advice}"
+        )
+    for folder, place in places.items():
+        if sources[folder].kind != place.kind:
+            found = f"a {folder} of kind {sources[folder].kind}, expected {place.kind}"
+            raise WeightsError(f"{sources[folder].path}: {found}: the system is {system}")
+    texts = [arguments_of(sources[folder]) for folder in places if folder.startswith("text_encoder")]
+    width = sum(text["width"] for text in texts)
+    if texts and width != network["context_dim"]:
+        reads = network["context_dim"]
+        raise WeightsError(f"{path}: text encoders of width {width}, but its network reads text of {reads}")
 
 
 def _words(path: Path, there: list[str]) -> str:

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from ldm.conditioning.t5 import T5Encoder
 from ldm.utils.errors import WeightsError
 from ldm.weights.formats import MAX_REPEATS, Config, Shapes, check_fixed
-from ldm.weights.ledger import Names, to_ours, to_theirs, translate, without
+from ldm.weights.ledger import Names, equal, to_ours, to_theirs, translate, without
 
 TOKENS = ("shared.weight", "encoder.embed_tokens.weight")  # one table; a file holds it under either name, or both
 TRANSFORMERS = [
@@ -23,7 +22,8 @@ TRANSFORMERS = [
     (r"\.mlp\.wi\.", ".layer.1.DenseReluDense.wi_0.", ".layer.1.DenseReluDense.wi_1."),
     (r"\.mlp\.wo\.", ".layer.1.DenseReluDense.wo."),
 ]
-CLASSES = ("T5EncoderModel", "MT5EncoderModel")
+WRITTEN = ("T5EncoderModel", "MT5EncoderModel")
+CLASSES = (*WRITTEN, "T5ForConditionalGeneration", "MT5ForConditionalGeneration", "T5Model", "MT5Model")
 FAMILIES = {  # of config.json: what its keys are where they are not given
     "t5": {"vocab_size": 32128, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "feed_forward_proj": "relu"},
     "mt5": {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6},
@@ -44,7 +44,7 @@ def names(keys: Iterable[str]) -> Names:
 def from_transformers(state: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
     """A transformers state dict under our names, without the decoder of a whole T5. Raises WeightsError."""
     shared, tokens = TOKENS
-    if shared in state and tokens in state and not torch.equal(state[shared], state[tokens]):
+    if shared in state and tokens in state and not equal(state[shared], state[tokens]):
         raise WeightsError(f"{shared} and {tokens} differ, in T5 they are one table; the file is damaged")
     named = names(keys)
     if shared not in state:
@@ -107,7 +107,7 @@ def to_config(net: T5Encoder) -> Config:
     a = arguments(net)
     is_mt5 = a["vocab_size"] == FAMILIES["mt5"]["vocab_size"]
     return {
-        "architectures": [CLASSES[is_mt5]],
+        "architectures": [WRITTEN[is_mt5]],
         "model_type": "mt5" if is_mt5 else "t5",
         "d_model": a["width"],
         "d_kv": a["head_dim"],

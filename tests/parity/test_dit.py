@@ -5,7 +5,15 @@ import torch
 
 from ldm.models.dit import DiT
 from ldm.utils.errors import WeightsError
-from ldm.weights.dit import dit_from_config, dit_to_config, from_diffusers, from_original, to_diffusers, to_original
+from ldm.weights.dit import (
+    computed,
+    dit_from_config,
+    dit_to_config,
+    from_diffusers,
+    from_original,
+    to_diffusers,
+    to_original,
+)
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -33,7 +41,7 @@ def pair(sizes, seed=0, scale=1.0, authors=False):
         if authors:
             block.norm1.emb.time_proj.downscale_freq_shift = 0
             block.norm3.eps = 1e-6
-    arguments = dit_from_config(dict(theirs.config)) | (dict(freq_shift=0, mlp_eps=1e-6) if authors else {})
+    arguments = dit_from_config(dict(theirs.config) | ({} if authors else {"freq_shift": 1}))
     ours = DiT(**arguments).eval()
     ours.load_state_dict(from_diffusers(theirs.state_dict(), ours.state_dict()))
     return ours, theirs
@@ -76,11 +84,11 @@ def test_round_trips_are_bit_exact(sizes):
     published = to_diffusers(ours.state_dict())
     assert published.keys() == theirs.state_dict().keys()
     assert all(torch.equal(published[key], value) for key, value in theirs.state_dict().items())
-    original = to_original(ours.state_dict(), sizes["sample_size"])
+    original = to_original(ours.state_dict()) | computed(ours)
     back = from_original(original, ours.state_dict())
     assert all(torch.equal(back[key], value) for key, value in ours.state_dict().items())
     config = dit_to_config(ours)
-    assert config["freq_shift"] == 1 and dit_from_config(config) == dit_from_config(dict(theirs.config))
+    assert config["freq_shift"] == 1 and dit_from_config(config) == dit_from_config(dict(theirs.config, freq_shift=1))
     ignored = {name: value for name, value in config.items() if name not in ("_class_name", "freq_shift")}
     again = diffusers.DiTTransformer2DModel(**ignored)
     assert again.state_dict().keys() == published.keys()

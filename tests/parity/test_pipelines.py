@@ -175,7 +175,8 @@ def ours(load, monkeypatch, tmp_path):
         run = load(case.system, layout)
         knobs = [f"steps={case.steps}", f"guidance.scale={case.guidance}", f"guidance.rescale={case.rescale}"]
         knobs += [f"sampler.eta={case.eta}"] if case.eta else []
-        knobs += [f"{name}={path}" for name, path in pictures(case).items()] + [f"strength={case.strength}"]
+        knobs += [f"{name}={path}" for name, path in pictures(case).items()]
+        knobs += [f"strength={case.strength}"] if "image" in pictures(case) else []
         cfg = compose("sample", ["dialect=diffusers", *OURS[case.scheduler], *knobs])
         generate(
             run.objective,
