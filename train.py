@@ -29,7 +29,7 @@ def train(cfg: dict, path: Path, device, world) -> dict:
     from ldm.build import build_conditioner, build_held_out, build_objective, make, write_config
     from ldm.data.loader import batches
     from ldm.generate import load_run
-    from ldm.published import begin
+    from ldm.published import begin, parts_of
     from ldm.tools.precompute import precompute
     from ldm.tools.previews import Previews
     from ldm.tools.profile import profiled
@@ -43,7 +43,8 @@ def train(cfg: dict, path: Path, device, world) -> dict:
     trainer = make(cfg["trainer"])
     data = make(cfg["data"])
     stored, files = continued(path, resume)
-    cfg, networks, vocabulary = begin(cfg, stored) if cfg["weights"] else (cfg, {}, None)
+    published = cfg["weights"] or parts_of(cfg)
+    cfg, networks, vocabulary = begin(cfg, stored) if published else (cfg, {}, None)
     if cfg["teacher"]:  # its student is the same system, and begins as its copy
         teacher = load_run(cfg["teacher"])
         start, networks = teacher.objective.state_dict(), {"teacher": teacher.objective.denoiser}

@@ -63,13 +63,15 @@ def load_published(
 
 
 def begin(cfg: dict, stored: dict, device: torch.device | str = "cpu") -> tuple[dict, dict[str, nn.Module], str | None]:
-    """Config, networks and vocabulary of a run that starts from published weights (`weights=` of train.py).
+    """Config, networks and vocabulary of a run that starts from published weights (`weights=` of train.py, or parts).
 
     Networks keep the knobs of the config that no file knows: checkpointing, dropout, more input channels. A run that
     continues has all of them in its checkpoint, whose config is `stored`.
     """
     if stored:
         return cfg | {name: stored[name] for name in ("codec", "conditioner", "network")}, {}, None
+    if not cfg["weights"]:
+        return begin_with_parts(cfg)
     if locate(cfg["network"]["_target_"]) is AutoencoderKL:
         net = load_model(cfg["weights"], "vae")
         return cfg | {"network": node_of(net)}, {"network": net}, None
@@ -83,6 +85,21 @@ def begin(cfg: dict, stored: dict, device: torch.device | str = "cpu") -> tuple[
     node["in_channels"] = codec.channels + locate(cfg["objective"]["_target_"]).image_channels(codec)
     network = remake(node, expand_input(network, node["in_channels"]))
     return cfg | {"network": node}, {**found.networks, "network": network}, found.tokenizer
+
+
+def begin_with_parts(cfg: dict) -> tuple[dict, dict[str, nn.Module], None]:
+    """A network from scratch between published encoders: `vae=` and `text_encoder=` without `weights=`."""
+    codec, conditioner = dict(cfg["codec"]), dict(cfg["conditioner"])
+    encoders, networks = {name: dict(node) for name, node in conditioner.get("encoders", {}).items()}, {}
+    if cfg["vae"]:
+        networks["autoencoder"] = load_model(cfg["vae"], "vae")
+        codec["autoencoder"] = node_of(networks["autoencoder"])
+    readers = [name for name, node in encoders.items() if "network" in node]
+    for name, part in zip(readers, ("text_encoder", "text_encoder_2"), strict=False):
+        if cfg[part]:
+            networks[name] = load_model(cfg[part])
+            encoders[name]["network"] = node_of(networks[name])
+    return cfg | {"codec": codec, "conditioner": {**conditioner, "encoders": encoders}}, networks, None
 
 
 def parts_of(cfg: dict) -> dict[str, str]:

@@ -258,13 +258,14 @@ def prepare_cached(cfg: dict) -> StoredLatents:
     """Fill cfg["cache"] with what a run of this config will read."""
     from ldm.build import build_codec, build_conditioner, make
     from ldm.generate import codec_of_run
-    from ldm.published import begin
+    from ldm.published import begin, parts_of
     from ldm.utils.devices import pick_device
 
     if not cfg["cache"]:
         raise ConfigError("nothing says where to: give cache=DIR")
     data = make(cfg["data"])
-    cfg, networks, vocabulary = begin(cfg, {}) if cfg["weights"] else (cfg, {}, None)
+    published = cfg["weights"] or parts_of(cfg)
+    cfg, networks, vocabulary = begin(cfg, {}) if published else (cfg, {}, None)
     node = cfg["codec"]
     if node.get("experiment") and not node["run"]:
         raise ConfigError("the autoencoder is not trained yet; give its run, codec.run=DIR, or weights=PATH")
