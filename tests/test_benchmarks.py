@@ -38,7 +38,9 @@ def test_unequal_outputs_are_not_timed():
         harness.assert_equal(torch.tensor([0.9, 0.0]), torch.tensor([1.0, 0.0]), tol=1e-5)
 
 
-@pytest.mark.parametrize("name, lines", [("optimizer", 2), ("sampling_loop", 4), ("clip_text", 4), ("stored_latents", 3)])
+@pytest.mark.parametrize(
+    "name, lines", [("optimizer", 2), ("sampling_loop", 4), ("clip_text", 4), ("stored_latents", 3)]
+)
 def test_benchmark_runs(name, lines):
     if find_spec("diffusers") is None:
         pytest.skip("diffusers, the peer, is not installed: pip install -e '.[parity]'")
