@@ -6,9 +6,11 @@ import torch
 from ldm.build import build_conditioner, compose, make
 from ldm.conditioning import t5
 from ldm.conditioning.conditioner import Conditioner
+from ldm.conditioning.stored import StoredEncoder
 from ldm.conditioning.t5 import T5Encoder, T5TextEncoder, bucket
 from ldm.conditioning.t5_tokenizer import T5Tokenizer
 from ldm.nn.attention import attention
+from ldm.tools.precompute import Pass, store_texts
 from ldm.utils.errors import ConfigError, DataError, WeightsError
 from ldm.weights.t5 import arguments, from_config, from_shapes, from_transformers, to_config, to_transformers
 from tests.test_t5_tokenizer import KINDS, toy_model, toy_vocabulary
@@ -250,3 +252,15 @@ def test_other_members_of_the_family_are_refused():
     ]:
         with pytest.raises(WeightsError, match=words):
             from_config(published | change)
+
+
+def test_texts_are_stored_with_their_masks_and_training_reads_them_from_there(tokenizer, tmp_path, monkeypatch):
+    encoder = T5TextEncoder(network(tokenizer).requires_grad_(False).eval(), tokenizer, length=12)
+    texts = ["a red circle", "a blue square", ""]
+    how = Pass(2, 0, CPU, torch.float32)
+    stored = StoredEncoder(encoder, store_texts(encoder, "t5", texts[:2], tmp_path, how, {}))
+    expected = encoder(texts, CPU)
+    monkeypatch.setattr(encoder, "forward", None)  # read from now on, not encoded
+    found = stored(texts, CPU)
+    assert found["context_mask"].dtype == torch.bool and found["context_mask"].equal(expected["context_mask"])
+    torch.testing.assert_close(found["context"], expected["context"])
