@@ -1,6 +1,6 @@
 """Train what a config describes: `python train.py [experiment=NAME] [group=option] [key=value] [-m a=1,2]`.
 
-Read `train` from top to bottom: it is the whole system, each part built from those above it.
+Read `train` and `assemble` from top to bottom: the whole system, each part built from those above it.
 """
 
 from functools import partial
@@ -24,44 +24,18 @@ def main(cfg: dict, path: Path) -> None:
 
 def train(cfg: dict, path: Path, device, world) -> dict:
     """Train in the run directory `path` until trainer.steps, from its newest checkpoint; returns its summary."""
-    import torch
-
-    from ldm.build import build_conditioner, build_held_out, build_objective, make, write_config
+    from ldm.build import build_held_out, make, write_config
     from ldm.data.loader import batches
-    from ldm.generate import load_run
-    from ldm.published import begin, parts_of
-    from ldm.tools.precompute import precompute
     from ldm.tools.previews import Previews
     from ldm.tools.profile import profiled
     from ldm.training.distill import DistillationObjective
     from ldm.training.loop import fit, prepare
     from ldm.training.report import Hooks
-    from ldm.training.run import RunDirectory, continued
-    from ldm.utils.seeding import key
+    from ldm.training.run import RunDirectory
 
     resume = cfg.pop("resume", None)
-    trainer = make(cfg["trainer"])
-    data = make(cfg["data"])
-    stored, files = continued(path, resume)
-    published = cfg["weights"] or parts_of(cfg)
-    cfg, networks, vocabulary = begin(cfg, stored) if published else (cfg, {}, None)
-    if cfg["teacher"]:  # its student is the same system, and begins as its copy
-        teacher = load_run(cfg["teacher"])
-        start, networks = teacher.objective.state_dict(), {"teacher": teacher.objective.denoiser}
-        stored, files = continued(cfg["teacher"], None)
-        cfg |= {name: stored[name] for name in ("codec", "conditioner", "network", "process", "prediction")}
-    codec, cfg["codec"] = build_first_stage(cfg, stored, path, data, device, world, networks)
-    torch.manual_seed(key(cfg["seed"], "init"))
-    vocabulary = files.get("tokenizer.json", vocabulary)
-    conditioner, cfg["conditioner"], files = build_conditioner(cfg["conditioner"], data, vocabulary, networks)
-    images = torch.utils.data.Subset(data, range(min(cfg["limit"], len(data)))) if cfg["limit"] else data
-    if cfg["cache"]:
-        images, conditioner = precompute(images, codec, conditioner, cfg["cache"], key=files, device=device,
-                                         workers=trainer.workers)  # fmt: skip
-    objective, network, cfg["network"] = build_objective(cfg, codec, conditioner, networks)
-    if cfg["teacher"]:
-        objective.load_state_dict(start)
-        objective.conditioner.requires_grad_(False)
+    trainer, data = make(cfg["trainer"]), make(cfg["data"])
+    objective, network, images, files = assemble(cfg, data, path, resume, device, world)
     prepare(objective, network, trainer, device)
     optimizer = make(cfg["optimizer"])(objective)
     ema = make(cfg["ema"], batch_size=trainer.batch_size)(objective) if cfg["ema"] else None
@@ -79,6 +53,45 @@ def train(cfg: dict, path: Path, device, world) -> dict:
     with profiled(path, cfg["profile"]):
         return fit(objective, lambda step: feed(start_step=step), optimizer, trainer, run, ema=ema, hooks=hooks,
                    lr_schedule=make(cfg["lr_schedule"]), world=world, seed=cfg["seed"])  # fmt: skip
+
+
+def assemble(cfg: dict, data, path: Path, resume: str | None, device, world) -> tuple:
+    """(objective, network, images, files for checkpoints): what `cfg` describes, which is completed on the way.
+
+    From nothing, from published weights, from a teacher, or as the checkpoint that training continues says.
+    """
+    import torch
+
+    from ldm.build import build_conditioner, build_objective
+    from ldm.generate import load_run
+    from ldm.published import begin, parts_of
+    from ldm.tools.precompute import precompute
+    from ldm.training.run import continued
+    from ldm.utils.seeding import key
+
+    stored, files = continued(path, resume)
+    networks, vocabulary = {}, None
+    if cfg["weights"] or parts_of(cfg):
+        found, networks, vocabulary = begin(cfg, stored)
+        cfg.update(found)
+    if cfg["teacher"]:  # its student is the same system, and begins as its copy
+        teacher = load_run(cfg["teacher"])
+        start, networks = teacher.objective.state_dict(), {"teacher": teacher.objective.denoiser}
+        stored, files = continued(cfg["teacher"], None)
+        cfg.update({name: stored[name] for name in ("codec", "conditioner", "network", "process", "prediction")})
+    codec, cfg["codec"] = build_first_stage(cfg, stored, path, data, device, world, networks)
+    torch.manual_seed(key(cfg["seed"], "init"))
+    vocabulary = files.get("tokenizer.json", vocabulary)
+    conditioner, cfg["conditioner"], files = build_conditioner(cfg["conditioner"], data, vocabulary, networks)
+    images = torch.utils.data.Subset(data, range(min(cfg["limit"], len(data)))) if cfg["limit"] else data
+    if cfg["cache"]:
+        images, conditioner = precompute(images, codec, conditioner, cfg["cache"], key=files, device=device,
+                                         workers=cfg["trainer"]["workers"])  # fmt: skip
+    objective, network, cfg["network"] = build_objective(cfg, codec, conditioner, networks)
+    if cfg["teacher"]:
+        objective.load_state_dict(start)
+        objective.conditioner.requires_grad_(False)
+    return objective, network, images, files
 
 
 def build_first_stage(cfg: dict, stored: dict, path: Path, data, device, world, networks):
