@@ -32,8 +32,9 @@ def main() -> None:
     powers = tokens[:, None] ** np.arange(3) / times[:, None]  # relative errors count
     law = np.linalg.lstsq(powers, np.ones(len(times)), rcond=None)[0]
     local = np.diff(np.log(times)) / np.diff(np.log(tokens))
-    print(json.dumps({"bench": "tokens", "tokens": tokens.astype(int).tolist(), "seconds": times.round(4).tolist(),
-                      "exponents": local.round(2).tolist(), "residual": round(float(abs(powers @ law - 1).max()), 3)}))  # fmt: skip
+    residual = round(float(abs(powers @ law - 1).max()), 3)
+    line = {"bench": "tokens", "tokens": tokens.astype(int).tolist(), "seconds": times.round(4).tolist()}
+    print(json.dumps({**line, "exponents": local.round(2).tolist(), "residual": residual}))
     each = [seconds(net, batch, 32, rounds) / batch for batch in BATCHES]
     print(json.dumps({"bench": "batch", "batch": BATCHES, "seconds_an_image": np.round(each, 4).tolist()}))
 
