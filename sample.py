@@ -2,9 +2,12 @@
 
 python sample.py run=DIR prompts="[a red circle, a blue square]" seeds="[0,1]"
 python sample.py weights=sd15.safetensors prompts="[a photo of a cat]" negative="blurry"
+python sample.py cascade="[runs/64,runs/256]" stages="[{},{steps:20,aug_level:0.2}]" prompts="[a cat]"
 """
 
 from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
 
 from ldm.tools.cli import entry
 
@@ -14,11 +17,15 @@ def main(cfg: dict, path: Path) -> None:
     from ldm.generate import generate, sides
     from ldm.sampling import Sampling
     from ldm.tools.gallery import check_writable, read_edit, read_pairs, write_gallery
+    from ldm.tools.stages import draw_cascade
     from ldm.tools.subject import as_published, load_subject
 
-    cfg = as_published(cfg)
+    given = list(HydraConfig.get().overrides.task)
     out = Path(cfg["out"]) if path == Path.cwd() else path  # a sweep has a folder per job below `out`
     check_writable(out)
+    if cfg["cascade"]:
+        return draw_cascade(cfg, given, out)
+    cfg = as_published(cfg, given)
     sampling = Sampling.from_config(cfg)
     run, refiner = load_subject(cfg)
     image_size = sides(run.config["image_size"] if cfg["image_size"] is None else cfg["image_size"])

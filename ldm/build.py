@@ -226,8 +226,8 @@ def build_objective(
 ) -> "tuple[nn.Module, nn.Module, dict]":
     """The objective, made of the parts that its constructor asks for by name; the network; the network's node.
 
-    Without `training`, what only training needs (its knobs, densities, weights, perceptual files) is left out, so that
-    a checkpoint can be sampled from whatever became of those.
+    Without `training`, what only training needs (densities, weights, perceptual files) is left out, and so are knobs
+    that the objective no longer has, so that a checkpoint can be sampled from whatever became of those.
     """
     from ldm.diffusion.denoiser import Denoiser
 
@@ -253,7 +253,7 @@ def build_objective(
     }
     objects = {name: part() for name, part in parts.items() if name in wanted}
     objects |= {name: part() if training else None for name, part in only_training.items() if name in wanted}
-    own = cfg["objective"] if training else {"_target_": cfg["objective"]["_target_"]}
+    own = cfg["objective"] if training else {k: v for k, v in cfg["objective"].items() if k in {"_target_", *wanted}}
     return make(own, **objects), network, node
 
 

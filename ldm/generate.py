@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.build import build_codec, build_conditioner, build_objective, compose, hollow_encoders
+from ldm.build import build_codec, build_conditioner, build_objective, hollow_encoders
 from ldm.diffusion import guidance
 from ldm.diffusion.objective import DiffusionObjective
 from ldm.models.codec import LatentCodec
@@ -38,6 +38,14 @@ class Edit:
 
 
 @dataclass
+class Enlarging:
+    """What a super-resolution model makes larger."""
+
+    image: Tensor  # B 3 h w uint8, one per prompt
+    aug_level: float | None = None  # noise it is given, 0 to 1; None: the objective's own
+
+
+@dataclass
 class Refiner:
     """The expert for the cleaner part of the schedule: the base draws until `handover` of it is done."""
 
@@ -56,6 +64,7 @@ def generate(
     negative: str | None = None,
     edit: Edit | None = None,
     refiner: Refiner | None = None,
+    enlarging: Enlarging | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Tensor:
@@ -76,7 +85,8 @@ def generate(
     images = []
     for batch in batches:
         noise = sampling.dialect.streams([seeds[i] for i in batch])
-        task = Task([prompts[i] for i in batch], negative, size, sampling, times, noise, edit)
+        small = enlarging and Enlarging(enlarging.image[batch], enlarging.aug_level)
+        task = Task([prompts[i] for i in batch], negative, size, sampling, times, noise, edit, small)
         images.append(task.draw(objective, refiner, lambda *_: bar.update()).cpu())
     bar.close()
     return torch.cat(images)[torch.tensor(sum(batches, [])).argsort()]
@@ -102,6 +112,7 @@ class Task:
     times: Tensor
     noise: Callable[[str], Noise]  # by purpose
     edit: Edit | None
+    enlarging: Enlarging | None
 
     def draw(self, objective: DiffusionObjective, refiner: Refiner | None, callback: Callable) -> Tensor:
         """uint8 images B 3 H W."""
@@ -120,7 +131,10 @@ class Task:
         else:
             alpha, sigma = process(float(times[0]))
             x = eps * (math.hypot(alpha, sigma) if self.sampling.initial == "prior" else sigma)
-        extra = objective.image_conditions(pictures, shape, posterior)
+        if self.enlarging:
+            extra = objective.image_conditions(vars(self.enlarging), shape, self.noise("low_res"))
+        else:
+            extra = objective.image_conditions(pictures, shape, posterior)
         denoise = self._denoise(objective, extra, refiner)
         if edit and edit.mask is not None and not masks_itself:
             mask = F.interpolate(pictures["mask"], shape[2:], mode="nearest")
@@ -196,15 +210,12 @@ class Run:
         """PIL images, every prompt with every seed: prompt 0 with each seed first, then prompt 1, ..."""
         from PIL import Image
 
-        groups = [f"sampler={sampler}", f"threshold={threshold}", f"dialect={dialect}"]
-        groups += [f"times={times}"] if times else []
-        cfg = compose("sample", [*groups, f"steps={steps}", f"guidance.scale={guidance}"])
         pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
         images = generate(
             self.objective,
             [prompt for prompt, _ in pairs],
             [seed for _, seed in pairs],
-            Sampling.from_config(cfg),
+            Sampling.named(sampler, steps, guidance, times, threshold, dialect),
             image_size=self.config["image_size"] if image_size is None else image_size,
             negative=negative,
             batch_size=batch_size,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ldm.build import make
+from ldm.build import compose, make
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.objective import DiffusionObjective
 from ldm.diffusion.times import WholeIndices
@@ -69,6 +69,15 @@ class Sampling:
             dialect.initial.get(grid, dialect.initial.get(sampler, "prior")),
             sampler in dialect.whole_indices,
         )
+
+    @classmethod
+    def named(
+        cls, sampler: str, steps: int, scale: float, times: str | None, threshold: str, dialect: str = "native"
+    ) -> "Sampling":
+        """By names of configs/, as a command line gives them; without `times`, the dialect's grid."""
+        groups = [f"sampler={sampler}", f"threshold={threshold}", f"dialect={dialect}"]
+        groups += [f"times={times}"] if times else []
+        return cls.from_config(compose("sample", [*groups, f"steps={steps}", f"guidance.scale={scale}"]))
 
     def denoiser(self, objective: DiffusionObjective) -> Denoiser:
         """That of the objective, or the same network shown whole indices."""

@@ -125,14 +125,28 @@ class EncoderLevel(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
 
-    def forward(self, x: Tensor, *conditions: Tensor | None) -> list[Tensor]:
+    def forward(self, x: Tensor, *conditions: Tensor | None, feature: Tensor | None = None) -> list[Tensor]:
+        """feature: added to the last output of its shape, the last block's or the step down's, before what follows."""
         skips = []
         for block in self.blocks:
             x = block(x, *conditions)
             skips.append(x)
+        feature = add_feature(skips, feature)
         if self.downsample is not None:
-            skips.append(self.downsample(x))
+            skips.append(self.downsample(skips[-1]))
+            feature = add_feature(skips, feature)
+        if feature is not None:
+            shapes = " and ".join(str(tuple(skip.shape[1:])) for skip in skips[-2:])
+            raise ConfigError(f"a feature is {tuple(feature.shape[1:])}, but its level's last outputs are {shapes}")
         return skips
+
+
+def add_feature(skips: list[Tensor], feature: Tensor | None) -> Tensor | None:
+    """Add a feature of the last skip's shape to that skip; another is returned, still to be added."""
+    if feature is None or feature.shape[1:] != skips[-1].shape[1:]:
+        return feature
+    skips[-1] = skips[-1] + feature
+    return None
 
 
 class UNetEncoder(nn.Module):
@@ -152,11 +166,16 @@ class UNetEncoder(nn.Module):
             self.skip_channels += [width] * (num_res_blocks + (not last))
 
     def forward(
-        self, x: Tensor, emb: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        emb: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        features: Sequence[Tensor] = (),  # one per level
     ) -> list[Tensor]:
         skips = [self.conv_in(x)]
-        for level in self.levels:
-            skips += level(skips[-1], emb, context, mask)
+        for level, feature in zip(self.levels, features or [None] * len(self.levels), strict=True):
+            skips += level(skips[-1], emb, context, mask, feature=feature)
         return skips
 
 
@@ -225,6 +244,13 @@ def add_residuals(skips: list[Tensor], h: Tensor, residuals: Sequence[Tensor]) -
         raise ConfigError(f"got {len(residuals)} residuals, expected {len(skips) + 1}: one per skip, then the middle")
     *to_skips, to_middle = residuals
     return [skip + residual for skip, residual in zip(skips, to_skips, strict=True)], h + to_middle
+
+
+def split_features(features: Sequence[Tensor], num_levels: int) -> tuple[Sequence[Tensor], Tensor | None]:
+    """What an adapter adds inside the encoder: one tensor per level, and perhaps one more to the middle's output."""
+    if len(features) not in (0, num_levels, num_levels + 1):
+        raise ConfigError(f"got {len(features)} features, expected {num_levels}, one per level (and the middle's)")
+    return features[:num_levels], features[num_levels] if len(features) > num_levels else None
 
 
 class VectorConditioning(nn.Module):
@@ -338,15 +364,20 @@ class UNet(nn.Module):
         size: Tensor | None = None,
         labels: Tensor | None = None,
         image: Tensor | None = None,
+        features: Sequence[Tensor] | None = None,
         residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """residuals: one tensor per skip, finest first, then one for the middle. Errors: ConfigError."""
+        """Added inside the encoder: features, one tensor per level, finest first, then perhaps one for the middle.
+        Added to what the decoder reads: residuals, one per skip, finest first, then one for the middle. ConfigError."""
         check_condition("context", context, self.context_dim, "context_dim")
         if context is None:
             check_condition("context_mask", context_mask, None, "context_dim")
         emb = self.conditioning(t, pooled, size, labels, x.dtype)  # B E
-        skips = self.encoder(self.concatenate(x, image), emb, context, context_mask)
+        to_levels, to_middle = split_features(features or (), len(self.encoder.levels))
+        skips = self.encoder(self.concatenate(x, image), emb, context, context_mask, to_levels)
         h = self.middle(skips[-1], emb, context, context_mask)
+        if to_middle is not None:
+            h = h + to_middle
         if residuals is not None:
             skips, h = add_residuals(skips, h, residuals)
         return self.decoder(h, skips, emb, context, context_mask)

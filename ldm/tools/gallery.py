@@ -16,7 +16,7 @@ from ldm.utils.images import labelled_grid
 
 HOW = ("weights", "kind", "vae", "text_encoder", "text_encoder_2", "formula", "refiner", "handover", "dialect",
        "sampler", "times", "steps", "guidance", "threshold", "negative", "prompt_weights", "image", "mask",
-       "strength", "image_size", "dtype", "variant", "averaged")  # fmt: skip
+       "strength", "aug_level", "image_size", "dtype", "variant", "averaged")  # fmt: skip
 
 
 def read_pairs(cfg: dict) -> list[tuple[str, int]]:

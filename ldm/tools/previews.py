@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ldm.build import make
 from ldm.diffusion.objective import DiffusionObjective
-from ldm.generate import generate
+from ldm.generate import Enlarging, generate
 from ldm.io.images import write_png
 from ldm.sampling import Sampling
 from ldm.utils.images import labelled_grid
@@ -41,8 +41,11 @@ class Previews:
     def _subject(self) -> tuple:
         averaged = self.ema.applied(self.objective) if self.ema else copy.deepcopy(self.objective).eval()
 
-        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-            return generate(averaged, prompts, seeds, self.sampling, image_size=self.cfg["image_size"])
+        def draw(
+            prompts: Sequence[str], seeds: Sequence[int], small: Tensor | None = None, aug_level: float | None = None
+        ) -> Tensor:
+            size, enlarging = self.cfg["image_size"], None if small is None else Enlarging(small, aug_level)
+            return generate(averaged, prompts, seeds, self.sampling, image_size=size, enlarging=enlarging)
 
         return draw, self.data, averaged
 

@@ -1,6 +1,6 @@
 """What `sample.py` draws from: a run of ours, or published weights, each with its own way of being drawn from."""
 
-from hydra.core.hydra_config import HydraConfig
+from collections.abc import Sequence
 
 from ldm.build import compose
 from ldm.conditioning.clip import CLIPTextEncoder
@@ -13,14 +13,14 @@ from ldm.utils.errors import ConfigError, WeightsError
 OF_WEIGHTS = ("kind", "tokenizer", "dtype", "variant", "refiner", "prompt_weights")  # settings that no run has
 
 
-def as_published(cfg: dict) -> dict:
-    """The config again, with what the authors of the published weights sampled with where the command does not say."""
+def as_published(cfg: dict, given: Sequence[str]) -> dict:
+    """The config again, with what the authors of the published weights sampled with where `given`, the command's own
+    overrides, do not say."""
     if not cfg["weights"]:
         return cfg
     if not isinstance(cfg["weights"], str):
         raise ConfigError(f"weights={cfg['weights']}: expected the path of one file or folder")
     name = system_of(cfg["weights"], cfg["kind"], parts_of(cfg))
-    given = list(HydraConfig.get().overrides.task)
     chosen = {override.partition("=")[0].lstrip("+~") for override in given}
     theirs = [line for line in compose("train", [f"system={name}"])["sampling"] if not _is_replaced(line, chosen)]
     return {**compose("sample", [*theirs, *given]), "kind": name}

@@ -22,6 +22,7 @@ from ldm.models.codec import to_float, to_uint8
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.perceptual import LPIPS
 from ldm.utils.errors import ConfigError
+from ldm.utils.images import psnr
 from ldm.utils.seeding import keys, normal
 
 
@@ -187,9 +188,3 @@ class AutoencoderObjective(nn.Module):
         wanted = torch.autograd.grad(likelihood, last, retain_graph=True)[0].norm()
         given = torch.autograd.grad(generator, last, retain_graph=True)[0].norm()
         return (wanted / (given + 1e-4)).clamp(0.0, 1e4)
-
-
-def psnr(images: Tensor, rebuilt: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of uint8 images in dB: 2 x (B C H W) -> (B,); at most 100, which means equal."""
-    mse = (images.double() - rebuilt.double()).div_(255).square_().mean((1, 2, 3))
-    return -10.0 * mse.clamp(min=1e-10).log10()

@@ -1,4 +1,4 @@
-"""Contact sheets: many images in one, with words below each where there are any."""
+"""How far images are apart; and contact sheets: many in one, with words below each where there are any."""
 
 import math
 from collections.abc import Sequence
@@ -9,6 +9,12 @@ from torch import Tensor
 MIN_CELL = 96  # pixels; smaller images are enlarged by a whole factor when they are labelled
 INK = (60, 60, 60)
 LONGEST_WORD = 200  # characters
+
+
+def psnr(images: Tensor, rebuilt: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of uint8 images in dB: 2 x (B C H W) -> (B,); at most 100, which means equal."""
+    mse = (images.double() - rebuilt.double()).div_(255).square_().mean((1, 2, 3))
+    return -10.0 * mse.clamp(min=1e-10).log10()
 
 
 def make_grid(images: Tensor, columns: int | None = None, padding: int = 2, background: int = 255) -> Tensor:
