@@ -147,7 +147,7 @@ class Cascade:
                 _reset_peak(device)
                 start = time.perf_counter()
                 images = generate(run.objective, prompts, seeds, stage.sampling, image_size=size, enlarging=enlarging,
-                                  batch_size=stage.batch_size, **options)  # fmt: skip
+                                  attached=run.attached, batch_size=stage.batch_size, **options)  # fmt: skip
             except LdmError as error:
                 raise type(error)(f"stage {number} of {len(self.stages)}, {stage.name}: {error}") from error
             drawn = Drawn(stage, images, run.step, time.perf_counter() - start, _peak(device))

@@ -5,6 +5,7 @@ condition); the files say how large the networks are, and where they differ from
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,11 +13,14 @@ from torch import nn
 
 from ldm.build import MISSING, build_codec, build_conditioner, build_objective, compose, fill, locate, make
 from ldm.conditioning.clip import CLIPTextEncoder
+from ldm.conditioning.conditioner import Conditioner
+from ldm.conditioning.stored import KnownTexts
 from ldm.generate import Run
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.utils.errors import ConfigError, WeightsError
 from ldm.weights.expand import expand_input
 from ldm.weights.load import load_model
+from ldm.weights.pipeline import read_tokenizer, vocabularies
 from ldm.weights.systems import NONE, Parts, System, identify, load_system, node_of
 
 PARTS = ("vae", "text_encoder", "text_encoder_2")  # of a config, beside `weights`
@@ -25,7 +29,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def system_of(weights: str | Path, name: str | None = None, parts: Parts = NONE) -> str:
     """The name of the system, a file of configs/system: the one given, or what the weights look like."""
-    return name or identify(Path(weights), parts)
+    return name or identify(Path(weights), parts, has_texts=True)
 
 
 def load_published(
@@ -39,19 +43,25 @@ def load_published(
     ema: bool = True,
     parts: Parts = NONE,  # "vae", "text_encoder": where they are, if not with the weights
     formula: str | None = None,  # of a DiT: original, diffusers
+    texts: KnownTexts | None = None,  # read before (`read_texts`): no text encoder is loaded
 ) -> Run:
     """A diffusers folder or an original file as a `Run`. Raises WeightsError."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}")
     name = system_of(weights, system, parts)
-    found = load_system(
-        Path(weights), DTYPES[dtype], device, name=name, variant=variant, ema=ema, parts=parts, formula=formula
-    )
-    cfg = complete(compose("train", [f"system={name}", *overrides(found.settings)]), found, tokenizer)
+    found = load_system(Path(weights), DTYPES[dtype], device, name=name, variant=variant, ema=ema, parts=parts,
+                        formula=formula, has_texts=texts is not None)  # fmt: skip
+    cfg = compose("train", [f"system={name}", *overrides(found.settings)])
+    if texts is not None:
+        check_texts(texts, cfg["conditioner"], found)
+        cfg["conditioner"] = without_texts(cfg["conditioner"])
+    cfg = complete(cfg, found, tokenizer)
     codec = build_codec(cfg["codec"], found.networks)
     conditioner, cfg["conditioner"], _ = build_conditioner(
         cfg["conditioner"], tokenizer=found.tokenizer, networks=found.networks
     )
+    if texts is not None:
+        conditioner = Conditioner({**conditioner.encoders, "texts": texts})
     objective, _, cfg["network"] = build_objective(cfg, codec, conditioner, found.networks, training=False)
     objective.denoiser.dtype = None if dtype == "fp32" else DTYPES[dtype]
     if "sample_size" in cfg["network"]:
@@ -60,6 +70,50 @@ def load_published(
         if isinstance(encoder, CLIPTextEncoder):
             encoder.chunks = None  # long prompts continue, where training would cut them
     return Run(objective.to(device), cfg, step=0)
+
+
+def read_texts(
+    texts: Sequence[str],
+    weights: str | Path,  # a text encoder, or a system that has one
+    system: str,
+    *,
+    tokenizer: str | None = None,
+    dtype: str = "fp32",
+    device: torch.device | str = "cpu",
+    variant: str | None = None,
+) -> KnownTexts:
+    """What the one text encoder of a system makes of texts, and of none; it is in memory only while it reads."""
+    node = compose("train", [f"system={system}"])["conditioner"]
+    (name, encoder), *others = ((name, each) for name, each in node["encoders"].items() if "network" in each)
+    if others:
+        raise ConfigError(f"{system} has several text encoders; texts are read before for systems of one only")
+    network = load_model(weights, "text_encoder", DTYPES[dtype], device, variant=variant)
+    vocabulary = read_tokenizer(vocabularies(Path(weights)), system)
+    node = {**node, "encoders": {name: {**encoder, "network": node_of(network)}}}
+    node["tokenizer"] = {**node["tokenizer"], "path": tokenizer or node["tokenizer"]["path"]}
+    conditioner, _, _ = build_conditioner(node, tokenizer=vocabulary, networks={name: network})
+    return KnownTexts.read(conditioner.encoders[name], texts, how_read(encoder), device)
+
+
+def how_read(encoder: dict) -> dict[str, int]:
+    """The settings of a text encoder's node that decide what it gives."""
+    return {name: encoder[name] for name in ("length", "mask", "context_mask", "clean") if name in encoder}
+
+
+def check_texts(texts: KnownTexts, conditioner: dict, found: System) -> None:
+    """ConfigError unless the network of a system can read what these texts were made into."""
+    wanted = next(how_read(node) for node in conditioner["encoders"].values() if "network" in node)
+    if texts.how != wanted:
+        raise ConfigError(f"{found.path}: the texts were read with {texts.how}, but {found.name} needs {wanted}")
+    width, expected = texts.dims["context_dim"], found.nodes["network"]["context_dim"]
+    if width != expected:
+        raise WeightsError(f"{found.path}: texts of width {width}, but its network reads text of {expected}")
+
+
+def without_texts(conditioner: dict) -> dict:
+    """A conditioner's node without what reads text."""
+    encoders = {name: node for name, node in conditioner["encoders"].items() if "network" not in node}
+    return {"encoders": encoders, "dropout": 0.0}
 
 
 def begin(cfg: dict, stored: dict, device: torch.device | str = "cpu") -> tuple[dict, dict[str, nn.Module], str | None]:
@@ -127,14 +181,15 @@ def complete(cfg: dict, found: System, tokenizer: str | None = None) -> dict:
     """The config of a system with the sizes and the settings that its files give. Raises WeightsError for another's."""
     codec, conditioner = dict(cfg["codec"]), dict(cfg["conditioner"])
     encoders = {name: dict(node) for name, node in conditioner.get("encoders", {}).items()}
-    slots = {"network", "autoencoder", *(name for name, node in encoders.items() if "network" in node)}
+    slots = {"network", *(name for name, node in encoders.items() if "network" in node)}
+    slots |= {"autoencoder"} & codec.keys()
     if slots != found.networks.keys():
         chosen = f"the config is of system={cfg['system']}" if cfg["system"] else "no system is chosen"
         raise WeightsError(f"{found.path} holds {found.name}, but {chosen}; set system={found.name}")
     for name, node in encoders.items():
         encoders[name] = complete_encoder(node, found.nodes.get(name), found)
     codec |= {name: found.settings[name] for name in ("scale", "shift") if name in found.settings}
-    codec["autoencoder"] = found.nodes["autoencoder"]
+    codec |= {"autoencoder": found.nodes["autoencoder"]} if "autoencoder" in codec else {}
     conditioner["encoders"] = encoders
     if "tokenizer" in conditioner:
         conditioner["tokenizer"] = {**conditioner["tokenizer"], "path": tokenizer or conditioner["tokenizer"]["path"]}

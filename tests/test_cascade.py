@@ -11,14 +11,17 @@ from torch import nn
 from ldm.build import compose
 from ldm.cascade import Cascade, Stage
 from ldm.conditioning.conditioner import Conditioner
+from ldm.data.shapes import Shapes
 from ldm.diffusion import prediction, process, times, weighting
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.objective import DiffusionObjective
 from ldm.diffusion.super_resolution import SuperResolutionObjective
 from ldm.generate import Run
 from ldm.io.images import read_image, write_png
-from ldm.models.codec import PixelCodec
+from ldm.io.text import read_json
+from ldm.models.codec import PixelCodec, to_float
 from ldm.sampling import Sampling
+from ldm.tools.measure_cascade import measure_cascade
 from ldm.tools.stages import draw_cascade, report
 from ldm.training.distributed import ALONE
 from ldm.utils.errors import CheckpointError, ConfigError, WeightsError
@@ -166,7 +169,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     tiny = ["trainer.steps=1", "trainer.batch_size=2", "preview=none", "metrics=none", "ema=none", "data.length=8"]
     knobs = {
-        "base": ["network.channels=32"],
+        "base": ["network.channels=[16,16]", "network.num_res_blocks=[1,1]"],
         "sr32": ["network.channels=[16,16]", "network.num_res_blocks=[1,1]", "network.attention=[false,true]"],
     }
     knobs["sr64"] = [*knobs["sr32"], "objective.crop=32"]
@@ -206,6 +209,24 @@ def test_a_picture_is_enlarged_by_the_upper_stages(runs, tmp_path):
     cfg, given = command(runs, f"image={tmp_path / 'small.png'}", names=("sr32", "sr64"))
     draw_cascade(cfg, given, tmp_path)
     assert read_image(tmp_path / "stage_2" / "0000.png").shape == (3, 64, 64)
+
+
+def test_the_command_judges_every_stage(runs, tmp_path, capsys):
+    """On the same prompts: the first stage's images are those of stage 1 drawn alone, and each is drawn once."""
+    lines = ["metrics=[shapes,saturation]", "num_images=3", "prompts=[]"]
+    cfg, given = command(runs, *lines)
+    measure_cascade(cfg, [line for line in given if "prompts=[a" not in line], tmp_path)
+    numbers = read_json(tmp_path / "metrics.json")["numbers"]
+    printed = capsys.readouterr().out
+    assert printed.count("stage 2 of 3") == 1 and "stage_3/prompt_accuracy 0" in printed
+    base = Stage.of_run(runs / "base", steps=2, guidance=5.0, threshold="none")
+    prompts = Shapes(16).prompts(3)
+    images = Cascade([base]).generate(prompts, range(3))
+    assert numbers["stage_1/saturation"] == pytest.approx((to_float(images).abs() > 0.98).float().mean().item())
+    assert {"stage_2/prompt_accuracy", "stage_3/saturation"} < set(numbers)
+    cfg, given = command(runs, "metrics=shapes")
+    with pytest.raises(ConfigError, match="prompts and metrics are both set"):
+        measure_cascade(cfg, given, tmp_path)
 
 
 def test_errors_of_the_command_name_the_stage(runs, tmp_path):

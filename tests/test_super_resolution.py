@@ -5,9 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ldm.data.shapes import Shapes
 from ldm.diffusion import guidance, prediction, process, times, weighting
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.super_resolution import AUG_LEVEL, SuperResolutionObjective, enlarge, shrink
+from ldm.io.images import write_png
+from ldm.metrics.augmentation import AugLevels
+from ldm.metrics.saturation import Saturation
 from ldm.metrics.super_resolution import Enlarged, SuperResolution, bicubic
 from ldm.models.codec import PixelCodec
 from ldm.models.efficient_unet import EfficientUNet
@@ -212,6 +216,44 @@ def test_the_metric_compares_with_bicubic():
     assert same["gain"] == 0
     rows, labels = Enlarged(2)(lambda p, s, small, level: images(2), Data(), o)
     assert rows.shape == (8, 3, 16, 24) and labels[:4] == ["given", "bicubic", "model", "image"]
+
+
+def test_levels_are_compared_on_true_images_and_on_drawn_ones(tmp_path):
+    """A stage that is right up to level 0.1, and above it draws the next picture, keeps its score just until there."""
+    data = Shapes(32, length=8, split="held_out", jitter=0.0)
+    truth, prompts = torch.stack([data[i]["image"] for i in range(8)]), list(data.captions())
+    (tmp_path / "drawn").mkdir()
+    for number in range(8):
+        image = Shapes(16, length=8, split="held_out", jitter=0.0)[7 - number]["image"]
+        write_png(tmp_path / "drawn" / f"{number}.png", image, {"prompt": prompts[7 - number]})
+    write_png(tmp_path / "grid.png", image)
+    small = []
+
+    def draw(prompts_, seeds, given, level):
+        small.append(given)
+        images = truth[[prompts.index(prompt) for prompt in prompts_]]
+        return images if level <= 0.1 else images.roll(1, 0)
+
+    class Captions(NoConditions):
+        fields = frozenset({"caption"})
+
+    scores = AugLevels([0.1, 0.3], 8, str(tmp_path))(draw, data, objective(conditioner=Captions(), factor=2))
+    assert [tuple(x.shape) for x in small] == [(8, 3, 16, 16)] * 4 and not torch.equal(small[0], small[1])
+    assert scores["true_0.1/psnr"] == 100 and scores["true_0.3/psnr"] < 20
+    assert scores["true_0.1/prompt_accuracy"] == scores["drawn_0.1/prompt_accuracy"] == 1
+    assert scores["true_0.3/prompt_accuracy"] < 0.5 and scores["drawn_0.3/prompt_accuracy"] < 0.5
+    with pytest.raises(DataError, match="nowhere holds no images of sample.py"):
+        AugLevels(drawn=str(tmp_path / "nowhere"))(draw, data, objective(conditioner=Captions(), factor=2))
+
+
+def test_saturation_counts_values_at_the_ends_and_true_shapes_have_none():
+    data = Shapes(32, length=8, split="held_out")
+    truth = torch.stack([data[i]["image"] for i in range(8)])
+    assert Saturation(8)(lambda prompts, seeds: truth, data, None) == {"saturation": 0}
+    half = truth.clone()
+    half[:, :, :8], half[:, :, 8:16] = 0, 255
+    assert Saturation(8)(lambda prompts, seeds: half, data, None) == {"saturation": 0.5}
+    assert Saturation(8, limit=1.1)(lambda prompts, seeds: half, data, None) == {"saturation": 0}
 
 
 # --- what cannot be -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What a frozen encoder has read is not read again: a prompt with many seeds, the empty text of every batch."""
 
 from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +54,9 @@ def _frozen(network: nn.Module) -> bool:
 
 
 def _weights(network: nn.Module) -> Hashable:
-    """Changes with every assignment and every in-place operation."""
-    return tuple((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in network.parameters())
+    """Changes with every assignment and every in-place operation: of a weight, of the scale of an adapter in it."""
+    tensors = chain(network.parameters(), network.buffers())
+    return tuple((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in tensors)
 
 
 def _autocast() -> Hashable:

@@ -16,7 +16,8 @@ class DiffusionObjective(nn.Module):
     """objective(batch) -> (loss, logs): Algorithm 1 of arXiv:2006.11239 for any process, prediction and weight.
 
     batch: "image" (B 3 H W uint8) for the codec, or "moments" (B 2C H W) that it made of one; "position" (B,) int64,
-    the key of every draw; and what the conditioner's encoders read. logs are detached scalars.
+    the key of every draw; perhaps "weight" (B,), of the images; and what the conditioner's encoders read. logs are
+    detached scalars.
     offset_noise adds one more normal number per image and channel to eps (0.05 in arXiv:2307.01952).
     """
 
@@ -58,7 +59,10 @@ class DiffusionObjective(nn.Module):
         F, v = self.denoiser.predict(x_t, process.net_time(t).float(), alpha, sigma, cond)
         error = (F.float() - prediction.target(x0, eps, alpha, sigma)).square().flatten(1).mean(1)  # B
         others = self.other_losses(x0, x_t, t, F, v)
-        loss = (self.weighting(snr, gain) * error).mean() + sum(others.values())
+        weight = self.weighting(snr, gain)
+        if "weight" in batch:
+            weight = weight * batch["weight"].to(weight)
+        loss = (weight * error).mean() + sum(others.values())
         logs = {"loss": loss, "mse": error.mean(), **others}
         return loss, {name: value.detach() for name, value in logs.items()}
 

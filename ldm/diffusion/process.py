@@ -178,7 +178,8 @@ def respaced(process: DiscreteVP, spec: int | str) -> DiscreteVP:
 
 def space_indices(T: int, spec: int | str) -> list[int]:
     """Rising indices out of 0..T-1: "250" spreads them from end to end, "10,20" does so in equal sections of the table,
-    "ddim50" takes the whole stride that gives 50 (arXiv:2102.09672, arXiv:2010.02502).
+    of which some may be left out ("10,10,0,0": from the middle down), "ddim50" takes the whole stride that gives 50
+    (arXiv:2102.09672, arXiv:2010.02502).
     """
     spec = str(spec)
     if not all(part.isdecimal() for part in spec.removeprefix("ddim").split(",")):
@@ -191,13 +192,18 @@ def space_indices(T: int, spec: int | str) -> list[int]:
             raise ConfigError(f"respacing '{spec}': no whole stride gives {count} of {T} steps; write {count} instead")
         return found
     counts = [int(part) for part in spec.split(",")]
+    if not any(counts):
+        raise ConfigError(f"respacing '{spec}': a sampler needs at least one step")
     indices, start = [], 0
     for section, count in enumerate(counts):
         size = T // len(counts) + (section < T % len(counts))
-        if not 1 <= count <= size:
-            raise ConfigError(f"respacing '{spec}': {count} steps do not fit a section of {size}; ask for 1 to {size}")
-        stride = (size - 1) / (count - 1) if count > 1 else 1
-        indices += [start + round(k * stride) for k in range(count)]
+        if count > size:
+            raise ConfigError(f"respacing '{spec}': {count} steps do not fit a section of {size}; ask for 0 to {size}")
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        at = 0.0
+        for _ in range(count):  # added up, as published: a multiple would round some of IF's to another index
+            indices.append(start + round(at))
+            at += stride
         start += size
     return indices
 

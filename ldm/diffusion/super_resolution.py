@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.objective import DiffusionObjective
+from ldm.diffusion.variational import check_table, variational_loss
 from ldm.utils.errors import ConfigError, DataError
 from ldm.utils.seeding import Noise, keys, randn_like, uniform
 from ldm.utils.tensors import pad_dims
@@ -42,6 +43,7 @@ class SuperResolutionObjective(DiffusionObjective):
         crop: int | None = None,  # train on a square of so many pixels; None: on the whole image
         levels: Sequence[float] = (0.0, 1.0),  # aug_level in training is even over these; (0, 0): no noise
         align_corners: bool = False,  # where the enlarged pixels lie: DeepFloyd IF's lie corner on corner
+        vlb_weight: float = 0.0,  # of the bound that trains a learned variance, as in `HybridObjective`
         seed: int = 0,
         stratified: bool = True,
         offset_noise: float = 0.0,
@@ -54,7 +56,13 @@ class SuperResolutionObjective(DiffusionObjective):
             raise ConfigError(f"objective.levels={list(levels)}: expected [low, high] between 0 and 1")
         if crop is not None and (crop < 1 or crop % codec.downsample):
             raise ConfigError(f"objective.crop={crop}: expected pixels, a multiple of {codec.downsample}, or null")
+        if vlb_weight:
+            check_table(denoiser.process)
         self.factor, self.crop, self.levels, self.align_corners = factor, crop, tuple(levels), align_corners
+        self.vlb_weight = vlb_weight
+
+    def other_losses(self, x0, x_t, t, F, v):
+        return {"vlb": self.vlb_weight * variational_loss(self.denoiser, x0, x_t, t, F, v)} if self.vlb_weight else {}
 
     def latents(self, batch: dict) -> Tensor:
         return self.codec.encode(self.cropped(_pixels(batch), batch["position"]))

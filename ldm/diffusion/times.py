@@ -14,6 +14,17 @@ from torch import Tensor
 from ldm.diffusion.process import DiscreteVP, Process, space_indices
 from ldm.utils.errors import ConfigError
 
+RESPACINGS = {  # of DeepFloyd IF, by the names its authors gave them: how many of each section, the cleanest first
+    "fast27": "10,10,3,2,2",
+    "smart27": "7,4,2,1,2,4,7",
+    "smart50": "10,6,4,3,2,2,3,4,6,10",
+    "smart100": "1,1,1,1,2,2,2,2,2,2,3,3,4,4,5,5,6,7,7,8,9,10,13",
+    "smart185": "1,1,2,2,2,3,3,3,4,5,6,7,8,9,10,11,12,13,14,15,16,18,20",
+    "super27": "1,1,1,1,1,1,1,2,5,13",
+    "super40": "2,2,2,2,2,2,3,4,6,15",
+    "super100": "4,4,6,6,8,8,10,10,14,30",
+}
+
 # --- grids for samplers --------------------------------------------------------------------------------------------
 
 
@@ -94,11 +105,14 @@ def logsnr(process: Process, steps: int, sigma_min: float | None = None, sigma_m
 
 
 def respaced(process: Process, steps: int | str, final: str | None = None) -> Tensor:
-    """Indices spread from end to end (250), in sections ("10,20") or at a whole stride ("ddim50"): arXiv:2102.09672."""
+    """Indices spread from end to end (250), in sections ("10,20") or at a whole stride ("ddim50"): arXiv:2102.09672.
+
+    Or one of `RESPACINGS` by its name ("smart50").
+    """
     if isinstance(steps, int):
         _check(process, steps)
     T = _table_length(process, "respaced")
-    return _indices_to_times(torch.tensor(space_indices(T, steps)).flip(0), T, final)
+    return _indices_to_times(torch.tensor(space_indices(T, RESPACINGS.get(steps, steps))).flip(0), T, final)
 
 
 def sit(process: Process, steps: int, last: float = 0.04) -> Tensor:
@@ -198,6 +212,11 @@ def logit_normal(u: Tensor, process: Process, mean: float = 0.0, std: float = 1.
 def mode(u: Tensor, process: Process, scale: float = 1.29) -> Tensor:
     """Heavier in the middle (scale > 0) or at the ends (scale < 0), -1 <= scale <= 1.75: Eq. (20), arXiv:2403.03206."""
     return _on_table(1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u), process)
+
+
+def cubic(u: Tensor, process: Process) -> Tensor:
+    """t = 1 - u^3: mostly noise, where a picture's layout is decided (T2I-Adapter, §3.3 of arXiv:2302.08453)."""
+    return _on_table(1 - u**3, process)
 
 
 def cosmap(u: Tensor, process: Process) -> Tensor:

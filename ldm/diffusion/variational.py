@@ -14,7 +14,7 @@ from torch.special import log_ndtr, ndtr
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.objective import DiffusionObjective
-from ldm.diffusion.process import DiscreteVP
+from ldm.diffusion.process import DiscreteVP, Process
 from ldm.utils.errors import ConfigError
 from ldm.utils.seeding import Noise, randn_like
 from ldm.utils.tensors import pad_dims
@@ -101,20 +101,30 @@ class HybridObjective(DiffusionObjective):
     ):
         super().__init__(denoiser, codec, conditioner, density, weighting,
                          seed=seed, stratified=stratified, offset_noise=offset_noise)  # fmt: skip
-        if denoiser.process.num_steps is None:
-            raise ConfigError(
-                f"objective=hybrid bounds the steps of a table, and {type(denoiser.process).__name__} has none: "
-                "use process=ddpm_linear or another table, or objective=diffusion"
-            )
+        check_table(denoiser.process)
         self.vlb_weight = vlb_weight
 
     def other_losses(self, x0, x_t, t, F, v):
-        if v is None:
-            raise ConfigError("objective=hybrid trains a variance and the network gives none: set learned_variance")
-        process, prediction = self.denoiser.process, self.denoiser.prediction
-        alpha, sigma = (pad_dims(a, x0).to(x0.dtype) for a in process(t))
-        x0_hat = prediction.to_x0(F.detach().float(), x_t, alpha, sigma)  # the mean learns from L_simple alone
-        return {"vlb": self.vlb_weight * process.num_steps * bound(process, t, x0, x0_hat, v.float()).mean()}
+        return {"vlb": self.vlb_weight * variational_loss(self.denoiser, x0, x_t, t, F, v)}
+
+
+def check_table(process: Process) -> None:
+    """ConfigError for a process without steps to bound."""
+    if process.num_steps is None:
+        raise ConfigError(
+            f"objective=hybrid bounds the steps of a table, and {type(process).__name__} has none: "
+            "use process=ddpm_linear or another table, or objective=diffusion"
+        )
+
+
+def variational_loss(denoiser: Denoiser, x0: Tensor, x_t: Tensor, t: Tensor, F: Tensor, v: Tensor | None) -> Tensor:
+    """L_vlb as one drawn term estimates it, of the halves F and v of a network's output: v alone learns from it."""
+    if v is None:
+        raise ConfigError("objective=hybrid trains a variance and the network gives none: set learned_variance")
+    process = denoiser.process
+    alpha, sigma = (pad_dims(a, x0).to(x0.dtype) for a in process(t))
+    x0_hat = denoiser.prediction.to_x0(F.detach().float(), x_t, alpha, sigma)  # the mean learns from L_simple alone
+    return process.num_steps * bound(process, t, x0, x0_hat, v.float()).mean()
 
 
 def _index(process: DiscreteVP, t: Tensor) -> Tensor:

@@ -89,6 +89,19 @@ class UBlock(nn.Module):
         return self.upsample(x if self.attention is None else self.attention(x, text, mask))
 
 
+def check_blocks(
+    channels: Sequence[int], num_res_blocks: Sequence[int], attention: Sequence[bool], num_heads: int
+) -> None:
+    """ConfigError where the numbers do not fit together."""
+    if len({len(channels), len(num_res_blocks), len(attention)}) != 1 or 0 in num_res_blocks:
+        raise ConfigError(
+            f"channels={list(channels)}, num_res_blocks={list(num_res_blocks)} and attention={list(attention)} "
+            "must have one entry per block, and num_res_blocks at least 1"
+        )
+    if wrong := [c for c, attends in zip(channels, attention, strict=True) if attends and 2 * c % num_heads]:
+        raise ConfigError(f"num_heads={num_heads} does not divide twice the {wrong[0]} channels")
+
+
 class EfficientUNet(nn.Module):
     """x (B C H W) at time t (B), a low resolution and a text, or none -> (B C H W).
 
@@ -109,26 +122,15 @@ class EfficientUNet(nn.Module):
         pool_heads: int = 64,
         super_resolution: bool = True,  # takes `low_res` and `aug_level`
         groups: int = 32,  # of GroupNorm
+        input_skip: bool = False,  # x and low_res, scaled by the embedding, are added to the output: begins as low_res
         checkpointing: bool = False,  # recompute each block in the backward pass: less memory, a third more time
     ):
         super().__init__()
-        if len({len(channels), len(num_res_blocks), len(attention)}) != 1 or 0 in num_res_blocks:
-            raise ConfigError(
-                f"channels={list(channels)}, num_res_blocks={list(num_res_blocks)} and attention={list(attention)} "
-                "must have one entry per block, and num_res_blocks at least 1"
-            )
-        if wrong := [c for c, attends in zip(channels, attention, strict=True) if attends and 2 * c % num_heads]:
-            raise ConfigError(f"num_heads={num_heads} does not divide twice the {wrong[0]} channels")
+        check_blocks(channels, num_res_blocks, attention, num_heads)
         self.in_channels, self.divisor, self.checkpointing = in_channels, 2 ** len(channels), checkpointing
         width = channels[0]
-        self.embed = Embedding(
-            width,
-            4 * width,
-            context_dim=context_dim,
-            text=text,
-            pool_heads=pool_heads,
-            super_resolution=super_resolution,
-        )
+        self.embed = Embedding(width, 4 * width, context_dim=context_dim, text=text, pool_heads=pool_heads,
+                               super_resolution=super_resolution)  # fmt: skip
         res = partial(ResNetBlock, emb_dim=4 * width, groups=groups)
         attend = partial(TextAttention, text_dim=self.embed.text_width, self_attention=self_attention, groups=groups)
         self.conv_in = nn.Conv2d(in_channels * (2 if super_resolution else 1), width, 3, padding=1)
@@ -142,6 +144,8 @@ class EfficientUNet(nn.Module):
             self.up.insert(0, UBlock([res(below[i] + c, c), *(res(c, c) for _ in range(count - 1))], pair[1]))
         self.norm_out = group_norm(width, groups)
         self.conv_out = nn.Conv2d(width, in_channels, 1)  # "Dense", Fig. A.30
+        # Deviation: the paper has no such skip. Without it a small network takes long to learn to pass colours on.
+        self.skip = Linear(4 * width, self.conv_in.in_channels) if input_skip else None
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -149,6 +153,9 @@ class EfficientUNet(nn.Module):
         that are scaled would fade through the blocks if one summand were zero; a skip of equal widths is the identity.
         """
         zero_init(self.conv_out)
+        if self.skip is not None:
+            zero_init(self.skip)
+            nn.init.ones_(self.skip.bias.data[self.in_channels :])
         for module in self.modules():
             if isinstance(module, ResNetBlock) and module.skip.in_channels == module.skip.out_channels:
                 nn.init.dirac_(module.skip.weight)
@@ -169,7 +176,8 @@ class EfficientUNet(nn.Module):
         given = dict(low_res=low_res, aug_level=aug_level, super_resolution=self.embed.aug_mlp is not None)
         check_inputs("EfficientUNet", x, self.in_channels, self.divisor, **given)
         conditions = *self.embed(t, aug_level, context, context_mask, x.dtype), context_mask  # B E, B L D, B L
-        h = self.conv_in(x if low_res is None else torch.cat([x, low_res.to(x.dtype)], dim=1))
+        inputs = x if low_res is None else torch.cat([x, low_res.to(x.dtype)], dim=1)
+        h = self.conv_in(inputs)
         skips = []
         for block in self.down:
             h = self.run(block, h, *conditions)
@@ -177,7 +185,11 @@ class EfficientUNet(nn.Module):
         h = self.run(self.up[0], skips.pop(), *conditions)
         for block in self.up[1:]:
             h = self.run(block, torch.cat([h, skips.pop()], dim=1), *conditions)
-        return self.conv_out(silu(self.norm_out(h)))
+        out = self.conv_out(silu(self.norm_out(h)))
+        if self.skip is None:
+            return out
+        scaled = self.skip(conditions[0])[:, :, None, None] * inputs  # B C H W, or B 2C H W
+        return out + scaled.unflatten(1, (-1, self.in_channels)).sum(1)
 
     def run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():

@@ -223,6 +223,21 @@ def plan(
     return levels
 
 
+def activation_named(name: str) -> Activation:
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"activation={name!r} is unknown; expected one of: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def make_block(
+    res: MakeRes, attention: Callable[..., TextAttention], head_dim: int, checkpointing: bool,
+    width: int, out: int, attends: bool,
+) -> Block:  # fmt: skip
+    """With the first four given, what `MakeBlock` says."""
+    attend = attention(out, out // head_dim, head_dim) if attends else None
+    return Block(res(width, out), attend, checkpointing=checkpointing)
+
+
 class IFUNet(nn.Module):
     """x (B C H W) at time t (B) with its text, or none, and a low resolution, or none -> (B C H W), or (B 2C H W).
 
@@ -252,36 +267,20 @@ class IFUNet(nn.Module):
         checkpointing: bool = False,  # recompute each block in the backward pass: less memory, a third more time
     ):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ConfigError(f"activation={activation!r} is unknown; expected one of: {', '.join(ACTIVATIONS)}")
-        act = ACTIVATIONS[activation]
+        act = activation_named(activation)
         levels = plan([channels * mult for mult in channel_mult], num_res_blocks, attention, head_dim)
         self.in_channels, self.learned_variance, self.divisor = in_channels, learned_variance, 2 ** (len(levels) - 1)
         self.skip_scale, self.activation, self.text_norm = skip_scale, activation, text_norm
-        self.embed = Embedding(
-            channels,
-            max(level.channels for level in levels),
-            context_dim=context_dim,
-            text_dim=text_dim,
-            text=text,
-            pool_heads=pool_heads,
-            super_resolution=super_resolution,
-            activation=act,
-        )
-        res = partial(ResBlock, emb_dim=self.embed.emb_dim, activation=act, skip_scale=skip_scale)
-        text_attention = partial(
-            TextAttention, text_dim=self.embed.text_width, self_attention=self_attention, text_norm=text_norm
-        )
-
-        def make_block(width: int, out: int, attends: bool) -> Block:
-            attend = text_attention(out, out // head_dim, head_dim) if attends else None
-            return Block(res(width, out), attend, checkpointing=checkpointing)
-
-        coarsest = levels[-1].channels
-        self.encoder = Encoder(in_channels * (2 if super_resolution else 1), levels, make_block, res)
-        self.middle = nn.ModuleList(make_block(coarsest, coarsest, attends) for attends in (True, False))
+        emb_dim, coarsest = max(level.channels for level in levels), levels[-1].channels
+        self.embed = Embedding(channels, emb_dim, context_dim=context_dim, text_dim=text_dim, text=text,
+                               pool_heads=pool_heads, super_resolution=super_resolution, activation=act)  # fmt: skip
+        res = partial(ResBlock, emb_dim=emb_dim, activation=act, skip_scale=skip_scale)
+        reads = dict(text_dim=self.embed.text_width, text_norm=text_norm, self_attention=self_attention)
+        block = partial(make_block, res, partial(TextAttention, **reads), head_dim, checkpointing)
+        self.encoder = Encoder(in_channels * (2 if super_resolution else 1), levels, block, res)
+        self.middle = nn.ModuleList(block(coarsest, coarsest, attends) for attends in (True, False))
         out_channels = in_channels * (2 if learned_variance else 1)
-        self.decoder = Decoder(out_channels, levels, self.encoder.skip_channels, make_block, res, act)
+        self.decoder = Decoder(out_channels, levels, self.encoder.skip_channels, block, res, act)
 
     def forward(
         self,

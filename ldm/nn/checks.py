@@ -1,5 +1,7 @@
 """What cannot be, said in words before anything is computed: numbers that do not fit, conditions nobody asked for."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,12 @@ def check_context(network: str, context: Tensor | None, mask: Tensor | None, con
             f"`context_mask` drops every token of text {kept.logical_not().nonzero()[0].item()}: keep at least one, "
             "such as the end mark of an empty text"
         )
+
+
+def check_residuals(network: str, residuals: Sequence[Tensor], depth: int) -> None:
+    """ConfigError for more of them than there are blocks."""
+    if len(residuals) > depth:
+        raise ConfigError(f"got {len(residuals)} residuals, but the {network} has {depth} blocks to add them to")
 
 
 def is_readable(x: Tensor) -> bool:

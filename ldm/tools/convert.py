@@ -15,7 +15,6 @@ from ldm.weights.formats import Config
 from ldm.weights.load import LAYOUTS, arguments_of, check_destination, load_source, write_folder, write_original
 from ldm.weights.pipeline import (
     LATENT_SCALES,
-    read_scheduler,
     read_settings,
     read_tokenizer,
     read_vocabulary,
@@ -29,7 +28,7 @@ from ldm.weights.systems import name_system
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KEPT = ("scaling_factor", "shift_factor", "force_upcast", "latents_mean", "latents_std", "sample_size",
         "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
-LEFT = ("safety_checker",)  # not part of any system here
+LEFT = ("safety_checker", "watermarker")  # not part of any system here
 
 
 def convert(
@@ -98,7 +97,7 @@ class Job:
                 vocabulary = (
                     read_vocabulary(tokenizer, self.system) if tokenizer else read_tokenizer(beside, self.system)
                 )
-                write_pipeline(folder, self.system, self.settings, read_scheduler(self.src), vocabulary)
+                write_pipeline(folder, self.system, self.settings, self.src, vocabulary)
 
     def config(self, name: str) -> Config:
         """What config.json says beyond the network: as the source had it, or as the family's publication did."""

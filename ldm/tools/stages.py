@@ -8,7 +8,8 @@ from ldm.build import compose
 from ldm.cascade import Cascade, Drawn, Stage
 from ldm.io.images import read_image
 from ldm.sampling import Sampling
-from ldm.tools.gallery import read_pairs, write_gallery
+from ldm.tools.embed import Reader, share_text_encoder
+from ldm.tools.gallery import read_pairs, texts_of, write_gallery
 from ldm.tools.subject import as_published, load_subject
 from ldm.training.checkpoint import find, load_config
 from ldm.utils.errors import ConfigError
@@ -18,9 +19,9 @@ GIB = 2**30
 
 def draw_cascade(cfg: dict, given: Sequence[str], out: Path) -> None:
     """Draw every prompt with every seed through all stages; the images of stage 1 are in out/stage_1, and so on."""
-    settings = stage_settings(cfg, given)
-    cascade = Cascade([read_stage(node) for node in settings])
-    pairs = read_pairs(cfg)
+    settings, pairs = share_text_encoder(stage_settings(cfg, given)), read_pairs(cfg)
+    reader = Reader(texts_of(cfg))
+    cascade = Cascade([read_stage(node, reader) for node in settings])
     image = read_image(cfg["image"]) if cfg["image"] else None
     prompts, seeds = zip(*pairs, strict=True)
     options = dict(image=image, image_size=cfg["image_size"], negative=cfg["negative"], progress=True)
@@ -39,13 +40,14 @@ def report(drawn: Drawn) -> str:
 
 def stage_settings(cfg: dict, given: Sequence[str]) -> list[dict]:
     """The config of each stage: the command's, with the settings that `stages` has for it."""
-    sources, own = cfg["cascade"], cfg["stages"] or [{} for _ in cfg["cascade"]]
+    sources = cfg["cascade"] or [cfg["run"] or cfg["weights"]]
+    own = cfg["stages"] or [{} for _ in sources]
     if len(own) != len(sources) or not all(isinstance(settings, dict) for settings in own):
         raise ConfigError(
             f"stages={own} has {len(own)} entries for {len(sources)} stages; give the settings of each, "
             "e.g. stages='[{},{steps:20,aug_level:0.2}]'"
         )
-    if cfg["run"] or cfg["weights"]:
+    if cfg["cascade"] and (cfg["run"] or cfg["weights"]):
         raise ConfigError("both cascade and run or weights are set; list every stage in cascade")
     lines = ([f"{name}={json.dumps(value)}" for name, value in settings.items()] for settings in own)
     return [_settings(str(source), [*given, *more]) for source, more in zip(sources, lines, strict=True)]
@@ -63,15 +65,21 @@ def _is_published(path: Path) -> bool:
     return path.exists() and not any((path / name).exists() for name in ours)
 
 
-def read_stage(cfg: dict) -> Stage:
-    if cfg["run"]:
-        config = load_config(find(Path(cfg["run"])))
-    else:
-        config = compose("train", [f"system={cfg['kind']}"])
+def enlarges(cfg: dict) -> bool:
+    """Whether the one model of a command is a stage that enlarges, so that it is drawn from as a cascade of one."""
+    return bool(cfg["run"] or cfg["weights"]) and config_of(cfg)["objective"].get("factor") is not None
+
+
+def config_of(cfg: dict) -> dict:
+    """The config of what is drawn from, before its weights are read."""
+    return load_config(find(Path(cfg["run"]))) if cfg["run"] else compose("train", [f"system={cfg['kind']}"])
+
+
+def read_stage(cfg: dict, reader: Reader) -> Stage:
     return Stage(
         cfg["run"] or cfg["weights"],
-        config,
-        lambda: load_subject(cfg)[0],
+        config_of(cfg),
+        lambda: load_subject(cfg, reader(cfg))[0],
         Sampling.from_config(cfg),
         cfg["aug_level"],
         cfg["batch_size"],

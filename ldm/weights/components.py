@@ -8,11 +8,27 @@ from torch import Tensor, nn
 from ldm.conditioning.clip import CLIPText, CLIPVision
 from ldm.conditioning.t5 import T5Encoder
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.controlnet import ControlNet
 from ldm.models.dit import DiT
+from ldm.models.if_unet import IFUNet
 from ldm.models.pixart import PixArt
+from ldm.models.t2i_adapter import T2IAdapter
 from ldm.models.unet import UNet
 from ldm.utils.errors import WeightsError
-from ldm.weights import autoencoder, clip, dit, formats, formats_clip, pixart, t5, unet
+from ldm.weights import (
+    autoencoder,
+    clip,
+    controlnet,
+    dit,
+    formats,
+    formats_clip,
+    formats_if,
+    if_unet,
+    pixart,
+    t2i_adapter,
+    t5,
+    unet,
+)
 from ldm.weights.formats import Config, Shapes
 
 
@@ -38,6 +54,14 @@ class Component(NamedTuple):
     to_config: Callable[[Any], Config]  # network -> config.json
     computed: Callable[[Any], dict[str, Tensor]] = lambda net: {}  # what original files store besides its state
     formulas: Mapping[str, Config] = {}  # arguments that no file tells, by the program whose results they give
+    from_yml: Callable[[Config, Shapes], Config] | None = (
+        None  # config.yml beside an original file, shapes -> arguments
+    )
+    to_yml: Callable[[Any], Config] | None = None  # network -> what config.yml says of it
+    build: Callable[..., nn.Module] | None = None  # arguments -> network, where that is not made of numbers
+
+    def make(self, arguments: Config) -> nn.Module:
+        return (self.build or self.network)(**arguments)
 
 
 DIFFUSERS_FILES = {".safetensors": "diffusion_pytorch_model", ".bin": "diffusion_pytorch_model"}
@@ -59,6 +83,23 @@ UNET = Component(
     formats.unet_from_shapes,
     formats.unet_arguments,
     formats.unet_to_config,
+)
+IF = Component(
+    IFUNet,
+    ("unet",),
+    {
+        "original": Layout(if_unet.from_original, if_unet.to_original),
+        "diffusers": Layout(if_unet.from_diffusers, if_unet.to_diffusers),
+    },
+    "",
+    DIFFUSERS_FILES,
+    (),  # that of UNET; `kind_of` tells them apart
+    formats_if.if_from_config,
+    formats_if.if_from_shapes,
+    formats_if.if_arguments,
+    formats_if.if_to_config,
+    from_yml=formats_if.if_from_yml,
+    to_yml=formats_if.if_to_yml,
 )
 VAE = Component(
     AutoencoderKL,
@@ -145,14 +186,48 @@ T5 = Component(
     t5.arguments,
     t5.to_config,
 )
+CONTROLNET = Component(
+    ControlNet,
+    ("controlnet",),
+    {
+        "original": Layout(controlnet.from_original, controlnet.to_original),
+        "diffusers": Layout(controlnet.from_diffusers, controlnet.to_diffusers),
+    },
+    controlnet.PREFIX,
+    DIFFUSERS_FILES,
+    (controlnet.CLASS,),
+    controlnet.from_config,
+    controlnet.from_shapes,
+    controlnet.arguments,
+    controlnet.to_config,
+    build=controlnet.build,
+)
+T2I_ADAPTER = Component(
+    T2IAdapter,
+    ("t2i_adapter", "adapter"),  # the second is that of diffusers' pipelines
+    {
+        "original": Layout(t2i_adapter.from_original, t2i_adapter.to_original),
+        "diffusers": Layout(t2i_adapter.from_diffusers, t2i_adapter.to_diffusers),
+    },
+    "",
+    DIFFUSERS_FILES,
+    (t2i_adapter.CLASS,),
+    t2i_adapter.from_config,
+    t2i_adapter.from_shapes,
+    t2i_adapter.arguments,
+    t2i_adapter.to_config,
+)
 COMPONENTS = {
     "unet": UNET,
+    "if": IF,
     "dit": DIT,
     "pixart": PIXART,
     "vae": VAE,
     "clip_text": CLIP_TEXT,
     "t5": T5,
     "clip_vision": CLIP_VISION,
+    "controlnet": CONTROLNET,
+    "t2i_adapter": T2I_ADAPTER,
 }
 FOLDERS = tuple(dict.fromkeys(folder for row in COMPONENTS.values() for folder in row.folders))
 NORM_TYPES = {"ada_norm_zero": "dit", "ada_norm_single": "pixart"}  # of the class that diffusers had before it split
@@ -174,6 +249,8 @@ def kind_of(config: Config) -> str | None:
             known = " or ".join(f"{norm} ({kind})" for norm, kind in NORM_TYPES.items())
             raise WeightsError(f"config.json has norm_type={str(norm)[:60]} of a {name}, expected {known}")
         return NORM_TYPES[norm]
+    if name == "UNet2DConditionModel" and config.get("addition_embed_type") == "text":
+        return "if"
     return next((kind for kind, row in COMPONENTS.items() if name in row.class_names), None)
 
 

@@ -9,8 +9,10 @@ from ldm.weights.ledger import listing
 from ldm.weights.places import PREFIXES
 
 BARE = {  # one component alone, without a prefix: a key that only it has -> its folder, kind and layout
-    "input_blocks.0.0.weight": ("unet", "unet", "original"),
-    "down_blocks.0.resnets.0.norm1.weight": ("unet", "unet", "diffusers"),
+    "output_blocks.0.0.in_layers.0.weight": ("unet", "unet", "original"),
+    "up_blocks.0.resnets.0.norm1.weight": ("unet", "unet", "diffusers"),
+    "encoder_pooling.0.weight": ("unet", "if", "original"),  # which has the key of another UNet too
+    "add_embedding.pool.positional_embedding": ("unet", "if", "diffusers"),
     "encoder.down.0.block.0.norm1.weight": ("vae", "vae", "original"),
     "encoder.down_blocks.0.resnets.0.norm1.weight": ("vae", "vae", "diffusers"),
     "text_model.final_layer_norm.weight": ("text_encoder", "clip_text", "original"),
@@ -23,6 +25,11 @@ BARE = {  # one component alone, without a prefix: a key that only it has -> its
     "y_embedder.y_proj.fc1.weight": ("transformer", "pixart", "original"),
     "caption_projection.linear_1.weight": ("transformer", "pixart", "diffusers"),
     "encoder.final_layer_norm.weight": ("text_encoder", "t5", "original"),
+    "input_hint_block.0.weight": ("controlnet", "controlnet", "original"),
+    "controlnet_cond_embedding.conv_in.weight": ("controlnet", "controlnet", "diffusers"),
+    "body.0.block1.weight": ("t2i_adapter", "t2i_adapter", "original"),
+    "body.0.body.0.block1.weight": ("t2i_adapter", "t2i_adapter", "original"),  # a light one
+    "adapter.body.0.resnets.0.block1.weight": ("t2i_adapter", "t2i_adapter", "diffusers"),
 }
 EMA = "model_ema."
 BESIDE = "ema."  # before the averaged weights of one network, where a training checkpoint has both (`ldm.io.inert`)
@@ -39,10 +46,10 @@ EXTRAS = {  # known, and of no use here
 }  # fmt: skip
 TRAINING = ("loss.",)  # an autoencoder's discriminator and perceptual network
 LOOKS: dict[str, str] = {  # a piece of a key -> what has such keys; the first row that matches
-    r"lora_(up|down|A|B|unet|te)|\.lora[._]|lora_layer|hada_w|lokr_w|oft_": "a LoRA, an addition to a base model",
+    r"lora_(up|down|A|B|unet|te)|\.lora[._]|lora_layer|hada_w|lokr_w|oft_": "a LoRA, to be put in a base (lora=FILE)",
     r"^ip_adapter\.|^image_proj\.": "an IP-Adapter, an addition to a base model",
-    r"control_model\.|controlnet_|input_hint_block": "a ControlNet, an addition to a base model",
-    r"^(adapter\.)?body\.\d+\.": "a T2I-Adapter, an addition to a base model",
+    r"control_model\.|controlnet_|input_hint_block": "a ControlNet, to be put beside a base (controlnet=FILE)",
+    r"^(adapter\.)?body\.\d+\.": "a T2I-Adapter, to be put beside a base (t2i_adapter=FILE)",
     r"^emb_params|^string_to_(param|token)|^clip_[lg]$|^<.*>$": "a textual-inversion embedding",
     r"joint_blocks\.": "a Stable Diffusion 3 transformer",
     r"double_blocks\.|single_transformer_blocks\.": "a FLUX transformer",
@@ -50,6 +57,7 @@ LOOKS: dict[str, str] = {  # a piece of a key -> what has such keys; the first r
     r"^(ema\.)?y_embedder\.y_proj|^caption_projection\.linear_1": "a PixArt",
     r"adaLN_modulation|adaln_single": "a diffusion transformer",
     r"^unet\.|^denoiser\.net\.": "a training run of ours or another's",
+    r"^encoder_pooling\.|^add_embedding\.pool": "a U-Net of DeepFloyd IF",
     r"resblocks\.|text_model\.|vision_model\.": "a CLIP encoder",
     r"^encoder\.block\.0\.layer\.": "a T5 encoder",
 }
@@ -60,6 +68,8 @@ WORDS = {
     "text_encoder": "a text encoder",
     "text_encoder_2": "a text encoder",
     "image_encoder": "an image encoder",
+    "controlnet": "a ControlNet",
+    "t2i_adapter": "a T2I-Adapter",
 }
 
 

@@ -20,8 +20,8 @@ Config = dict[str, Any]
 MAX_NUMBER = 1 << 16  # of any width or count in a config, MAX_REPEATS of any number of blocks: checked before building
 MAX_REPEATS = 100
 MAX_OF = {"num_res_blocks": MAX_REPEATS, "depth": MAX_REPEATS, "vocab_size": 300_000}
-NAMES = ("activation", "conditioning", "modulation")  # of which a constructor takes only what it knows
-FRACTIONS = ("mlp_eps", "interpolation")
+NAMES = ("activation", "conditioning", "modulation", "text", "text_norm")  # constructors take only those they know
+FRACTIONS = ("mlp_eps", "interpolation", "skip_scale")
 UNET_FIXED = {  # knobs of diffusers that change the result without changing a key; other values are other networks
     "act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
     "downsample_padding": 1, "mid_block_scale_factor": 1, "center_input_sample": False, "only_cross_attention": False,

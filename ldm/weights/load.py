@@ -18,7 +18,7 @@ from ldm.weights.formats import Config, check_bounds
 from ldm.weights.formats_clip import text_used
 from ldm.weights.ledger import Lazy, listing
 from ldm.weights.places import places_of
-from ldm.weights.sources import UNUSED, Source, open_source, shapes_of
+from ldm.weights.sources import UNUSED, YML, Source, open_source, shapes_of
 
 LAYOUTS = ("original", "diffusers")
 MALFORMED = (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, AttributeError)  # of a table not foreseen
@@ -77,7 +77,7 @@ def arguments_of(source: Source, *, whole: bool = False) -> Config:
         if has_config:
             arguments = component.from_config(source.config)
         else:
-            arguments = source.arguments or component.from_shapes(shapes_of(source.stored))
+            arguments = source.arguments or _from_file(source)
             if source.in_system and source.component == "text_encoder" and not whole:
                 arguments = text_used(arguments, source.layout)
         return check_bounds(arguments)
@@ -85,6 +85,12 @@ def arguments_of(source: Source, *, whole: bool = False) -> Config:
         raise WeightsError(f"{source.path}: {error}") from error
     except MALFORMED as error:
         raise _undescribed(source, error) from error
+
+
+def _from_file(source: Source) -> Config:
+    """From the shapes in an original file, and from what its authors wrote beside it."""
+    component, shapes = COMPONENTS[source.kind], shapes_of(source.stored)
+    return component.from_shapes(shapes) if source.params is None else component.from_yml(source.params, shapes)
 
 
 def _build(source: Source, whole: bool, formula: str | None) -> nn.Module:
@@ -95,7 +101,7 @@ def _build(source: Source, whole: bool, formula: str | None) -> nn.Module:
         raise ConfigError(f"{source.path}: formula={formula} is not known; expected {known}")
     try:
         with torch.device("meta"):
-            return component.network(**arguments | component.formulas.get(formula, {}))
+            return component.make(arguments | component.formulas.get(formula, {}))
     except LdmError as error:
         raise WeightsError(f"{source.path}: {error}") from error
     except MALFORMED as error:
@@ -153,7 +159,7 @@ def write_folder(net: nn.Module, folder: Path, config: Config | None = None, use
     if used:
         arguments = component.arguments(net)
         with torch.device("meta"):
-            net = component.network(**used)
+            net = component.make(used)
         names = component.layouts["diffusers"].write(net.state_dict()).keys()
         unused = {name: tensor for name, tensor in state.items() if name not in names}
         write_tensors(folder / UNUSED, unused, {folder.name: arguments})
@@ -165,7 +171,7 @@ def write_folder(net: nn.Module, folder: Path, config: Config | None = None, use
 def write_original(
     nets: Mapping[str, nn.Module], dst: Path, system: str | None = None, settings: Config | None = None
 ) -> None:
-    """One file of one component, or of several, by their names, where those of the system are.
+    """One file of one component, or of several, by their names, where those of the system are; IF's has a config.yml.
 
     settings: what the networks do not show (`pipeline`), for this program; the markers of SDXL's are for others too.
     """
@@ -181,8 +187,13 @@ def write_original(
     if system and system.startswith("sdxl"):
         found = (settings or {}).items()
         state |= {name: torch.zeros(0) for name, setting in MARKERS.items() if setting in found}
+    params = next((row_of(net).to_yml(net) for net in nets.values() if row_of(net).to_yml), None)
+    if params and os.path.lexists(dst.parent / YML):
+        raise WeightsError(f"{dst.parent / YML}: describes another file already; choose another folder for {dst.name}")
     dst.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(dst, state, metadata)
+    if params:
+        write_json(dst.parent / YML, {"params": params})  # JSON is YAML
 
 
 def check_destination(dst: Path) -> None:

@@ -28,8 +28,13 @@ CLASSES = {  # of a pipeline; of a system without a line here: those of its fami
     "dit": "DiTPipeline",
     "pixart": "PixArtAlphaPipeline",
     "pixart_sigma": "PixArtSigmaPipeline",
+    "if": "IFPipeline",
+    "if_ii_m": "IFSuperResolutionPipeline",
+    "if_ii_l": "IFSuperResolutionPipeline",
+    "if_iii_l": "IFSuperResolutionPipeline",
 }
 TEXT_LENGTHS = {CLASSES["pixart"]: 120, CLASSES["pixart_sigma"]: 300}  # tokens of a caption
+NOISING = "image_noising_scheduler"
 VERSION = "0.30.0"  # of diffusers, whose form of these files is written; its inpainting asks for one
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 COMMON = BETAS | {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1}
@@ -42,9 +47,16 @@ EULER = COMMON | {
 LINEAR = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 DIT = LINEAR | {"_class_name": "DDIMScheduler", "prediction_type": "epsilon", "clip_sample": False}
 PIXART = LINEAR | {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "epsilon"}
+COSINE = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+IF = COSINE | {
+    "prediction_type": "epsilon", "variance_type": "learned_range", "thresholding": True,
+    "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5,
+}  # fmt: skip
+IF_ENLARGING = IF | {"sample_max_value": 1.0}
 SCHEDULERS = {
     "sd15": PNDM, "sd15_inpaint": PNDM, "sd21": DDIM, "sd21_base": PNDM, "sd21_inpaint": PNDM, "sdxl": EULER,
     "sdxl_inpaint": EULER, "sdxl_refiner": EULER, "dit": DIT, "pixart": PIXART,
+    "if": IF, "if_ii_m": IF_ENLARGING, "if_ii_l": IF_ENLARGING, "if_iii_l": IF_ENLARGING,
 }  # fmt: skip
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 MODEL_SPEC = {"epsilon": "eps", "v": "v"}  # `modelspec.prediction_type` in the header of community files
@@ -76,6 +88,8 @@ def read_settings(path: Path) -> Config:
 def _folder_settings(path: Path) -> Config:
     scheduler = read_scheduler(path)
     settings = _renamed(scheduler, SCHEDULE) | scales(_optional(path / "vae/config.json"))
+    if settings.get("beta_schedule") == COSINE["beta_schedule"]:  # its betas begin and end where the cosine says
+        settings = {name: value for name, value in settings.items() if name not in ("beta_start", "beta_end")}
     index = _optional(path / "model_index.json")
     settings |= _renamed(index, {"force_zeros_for_empty_prompt": "zero_null"}) | _class_names(index.get("id2label"))
     length = TEXT_LENGTHS.get(str(index.get("_class_name")))
@@ -109,9 +123,9 @@ def _file_settings(path: Path) -> Config:
     return settings | (ours if isinstance(ours, dict) else {})
 
 
-def read_scheduler(path: Path) -> Config:
+def read_scheduler(path: Path, name: str = "scheduler") -> Config:
     """scheduler_config.json of a pipeline folder, or nothing."""
-    return _optional(path / "scheduler/scheduler_config.json")
+    return _optional(path / name / "scheduler_config.json")
 
 
 def read_vocabulary(path: Path, system: str) -> str:
@@ -134,15 +148,18 @@ def vocabularies(path: Path) -> list[Path]:
     return [path / "tokenizer", path / "tokenizer_2", path, path.parent / "tokenizer"] if path.is_dir() else []
 
 
-def write_pipeline(folder: Path, system: str, settings: Config, scheduler: Config, tokenizer: str | None) -> None:
-    """All of a pipeline but its networks, which are in the folder: model_index.json, the scheduler (where none is
-    given, the published one), and for each text encoder its vocabulary."""
-    scheduler = scheduler or _published_scheduler(system, settings)
-    (folder / "scheduler").mkdir()
-    write_json(folder / "scheduler/scheduler_config.json", scheduler)
+def write_pipeline(folder: Path, system: str, settings: Config, source: Path, tokenizer: str | None) -> None:
+    """All of a pipeline but its networks, which are in the folder: model_index.json, the scheduler (where the source
+    has none, the published one), and for each text encoder its vocabulary."""
     kind = CLASSES.get(system) or CLASSES["pixart_sigma" if "sigma" in system else SYSTEMS[system]]
     index = {"_class_name": kind, "_diffusers_version": VERSION}
-    index["scheduler"] = ["diffusers", scheduler.get("_class_name", "PNDMScheduler")]
+    schedulers = {"scheduler": read_scheduler(source) or _published_scheduler(system, settings)}
+    if kind == CLASSES["if_ii_m"]:  # by which it noises what it enlarges
+        schedulers[NOISING] = read_scheduler(source, NOISING) or COSINE
+    for name, config in schedulers.items():
+        (folder / name).mkdir()
+        write_json(folder / name / "scheduler_config.json", config)
+        index[name] = ["diffusers", config.get("_class_name", "PNDMScheduler")]
     for place in places_of(system):
         config = read_config(folder / place.folder / "config.json")
         is_text = place.kind in TOKENIZERS
@@ -164,7 +181,8 @@ def _pipeline_knobs(system: str, settings: Config) -> Config:
         names = settings.get("class_names")
         return {"id2label": {str(i): name for i, name in enumerate(names)}} if names else {}
     if not system.startswith("sdxl"):
-        return {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+        absent = ("safety_checker", "feature_extractor", *(["watermarker"] if SYSTEMS[system] == "if" else []))
+        return {"requires_safety_checker": False, **dict.fromkeys(absent, [None, None])}
     is_refiner = system == "sdxl_refiner"
     knobs = {"force_zeros_for_empty_prompt": settings.get("zero_null", not is_refiner)}
     if system != "sdxl":

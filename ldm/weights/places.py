@@ -48,6 +48,10 @@ FAMILIES = {
         Place("autoencoder", "vae", "vae"),
         Place("t5", "text_encoder", "t5"),
     ),
+    "if": (
+        Place("network", "unet", "if"),
+        Place("t5", "text_encoder", "t5"),
+    ),
 }
 SYSTEMS = {  # by name, a file of configs/system: the family
     "sd15": "sd15", "sd15_inpaint": "sd15",
@@ -57,11 +61,18 @@ SYSTEMS = {  # by name, a file of configs/system: the family
     "pixart_256": "pixart", "pixart_512": "pixart", "pixart_1024": "pixart",
     "pixart_sigma_256": "pixart", "pixart_sigma_512": "pixart", "pixart_sigma_1024": "pixart",
     "pixart_sigma_2k": "pixart",
+    "if_i_m": "if", "if_i_l": "if", "if_i_xl": "if", "if_ii_m": "if", "if_ii_l": "if", "if_iii_l": "if",
 }  # fmt: skip
-PREFIXES = {place.prefix: place for places in FAMILIES.values() for place in places if place.prefix}
+CONTROL = Place("controlnet", "controlnet", "controlnet", "control_model.")  # of ControlNet 1.0's in a whole system
+PREFIXES = {place.prefix: place for places in (*FAMILIES.values(), (CONTROL,)) for place in places if place.prefix}
 NETWORKS = ("unet", "transformer")  # the folders of what draws
 SIDES = {32: "256", 64: "512", 128: "1024", 256: "2k"}  # of latents -> of images, as a transformer's system is named
 SIGMA = {"text_length": 300, "scale": 0.13025}  # settings of which alpha has neither
+IF_STAGES = {  # of DeepFloyd IF: the channels of each of its sizes
+    "i": {"m": 192, "l": 320, "xl": 704},
+    "ii": {"m": 96, "l": 160},
+    "iii": {"l": 64},
+}
 TASKS = {4: "", 9: "_inpaint"}  # by input channels
 
 
@@ -80,6 +91,8 @@ def system_of(kind: str, network: dict[str, Any], settings: dict[str, Any]) -> s
     """
     if kind == "unet":
         return family_of(kind, network) + _task(network)
+    if kind == "if":
+        return _if_stage(network)
     side = SIDES[min((side for side in SIDES if side >= network["sample_size"]), default=max(SIDES))]
     if kind == "dit":
         return "dit_xl2_256" if side == "256" else "dit_xl2_512"
@@ -88,6 +101,14 @@ def system_of(kind: str, network: dict[str, Any], settings: dict[str, Any]) -> s
     told = any(settings.get(name) == value for name, value in SIGMA.items())
     is_sigma = told or network.get("kv_layers") or side in ("1024", "2k")
     return f"pixart_sigma_{side}" if is_sigma else f"pixart_{side}"
+
+
+def _if_stage(unet: dict[str, Any]) -> str:
+    """The last stage has six levels, the one before it five; of several sizes the smallest that is as wide."""
+    stage = "i" if not unet["super_resolution"] else "ii" if len(unet["channel_mult"]) < 6 else "iii"
+    *_, largest = IF_STAGES[stage]
+    size = next((size for size, width in IF_STAGES[stage].items() if width >= unet["channels"]), largest)
+    return f"if_{stage}_{size}"
 
 
 def _task(unet: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ldm.io.stored import Stored, index_tensors
 from ldm.io.tensors import PICKLES, read_header
-from ldm.io.text import read_config
+from ldm.io.text import read_config, read_yaml
 from ldm.utils.errors import DataError, WeightsError
 from ldm.weights.components import COMPONENTS, FOLDERS, class_name, kind_of
 from ldm.weights.detect import Part, find_parts, looks_like
@@ -16,6 +16,8 @@ from ldm.weights.ledger import listing
 from ldm.weights.places import NETWORKS
 
 SUFFIXES = (".safetensors", ".bin")
+YML = "config.yml"  # beside the one file of weights of a network, as DeepFloyd's authors publish theirs
+ADDED = "controlnet"  # what a file is about that holds the system beside it too, as ControlNet 1.0's do
 UNUSED = "unused.safetensors"  # beside a text encoder: what only its original file has, SD 2's last block
 
 
@@ -31,6 +33,7 @@ class Source:
     config: Config | None = None  # config.json of a folder
     arguments: Config | None = None  # of our constructor, for all that is stored, where the file was written by us
     in_system: bool = False  # the file holds a whole system
+    params: Config | None = None  # of the authors' config.yml beside their file
 
 
 def open_source(path: Path, component: str | None = None, *, variant: str | None = None, ema: bool = True) -> Source:
@@ -39,7 +42,7 @@ def open_source(path: Path, component: str | None = None, *, variant: str | None
     if path.is_dir():
         return _open_folder(path, component, variant)
     contents = _contents(path, ema)
-    first = next((name for name in NETWORKS if name in contents.parts), next(iter(contents.parts)))
+    first = next((name for name in (ADDED, *NETWORKS) if name in contents.parts), next(iter(contents.parts)))
     return _open_part(path, component or first, contents)
 
 
@@ -60,7 +63,9 @@ def components_in(path: Path) -> list[str]:
         return list(_contents(path, ema=False).parts)
     if (path / "config.json").is_file():
         return [_described(path, _config(path))[0]]
-    return sorted(folder.parent.name for folder in path.glob("*/config.json") if weights_in(folder.parent))
+    folders = {folder.parent.name for folder in path.glob("*/config.json") if weights_in(folder.parent)}
+    beside = _beside_yml(path)
+    return sorted(folders.union(_contents(beside, ema=False).parts if beside else ()))
 
 
 def weights_in(folder: Path) -> list[Path]:
@@ -101,12 +106,16 @@ def _open_part(path: Path, name: str, contents: Contents) -> Source:
         if not (path.parent / "config.json").is_file():
             raise WeightsError(f"{path}: of the diffusers layout, which needs its config.json beside the file")
         return Source(path, name, kind, layout, stored, _config(path.parent))
-    return Source(path, name, kind, layout, stored, arguments=ours.get(name), in_system=len(parts) > 1)
+    known = COMPONENTS[kind].from_yml and (path.parent / YML).is_file()
+    params = _params(path.parent / YML) if known else None
+    return Source(path, name, kind, layout, stored, None, ours.get(name), len(parts) > 1, params)
 
 
 def _open_folder(path: Path, component: str | None, variant: str | None) -> Source:
     names = [component] if component else NETWORKS
     folder = next((f for f in (path, *(path / name for name in names)) if (f / "config.json").is_file()), None)
+    if folder is None and (file := _beside_yml(path)):
+        return _open_part(file, component or "unet", _contents(file, ema=True))
     if folder is None:
         there = sorted(inner.parent.name for inner in path.glob("*/config.json"))
         found = f"the components there are: {', '.join(there)}" if there else "expected a diffusers folder or a file"
@@ -121,6 +130,26 @@ def _open_folder(path: Path, component: str | None, variant: str | None) -> Sour
     if (unused := folder / UNUSED).is_file():
         stored, ours = stored | index_tensors(unused), read_header(unused).ldm.get(name)
     return Source(folder, component or name, kind, "diffusers", stored, config, ours)
+
+
+def _beside_yml(folder: Path) -> Path | None:
+    """The file of weights that a config.yml describes, where there is one."""
+    if not (folder / YML).is_file():
+        return None
+    if len(files := weights_in(folder)) != 1:
+        raise WeightsError(f"{folder}: {len(files)} files of weights beside {YML}, expected one; give the file itself")
+    return files[0]
+
+
+def _params(path: Path) -> Config:
+    """What an authors' config.yml says of its network."""
+    try:
+        config = read_yaml(path)
+    except DataError as error:
+        raise WeightsError(str(error)) from error
+    if not isinstance(params := config.get("params"), dict):
+        raise WeightsError(f"{path}: says no 'params', which describe the network; delete it to go by the shapes alone")
+    return params
 
 
 def _config(folder: Path) -> Config:

@@ -1,7 +1,7 @@
 """A published system: the network that draws, the autoencoder and the text encoders that belong together."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ldm.weights.detect import looks_like
 from ldm.weights.formats import Config
 from ldm.weights.load import arguments_of, load_source
 from ldm.weights.pipeline import BETAS, read_settings, read_tokenizer, scales, vocabularies
-from ldm.weights.places import NETWORKS, others_of, places_of, system_of
+from ldm.weights.places import NETWORKS, Place, others_of, places_of, system_of
 from ldm.weights.sources import Source, components_in, open_source, open_sources, shapes_of, weights_in
 
 Parts = Mapping[str, str | os.PathLike]  # what a path lacks, or has otherwise: "vae", "text_encoder" -> another path
@@ -44,36 +44,38 @@ def load_system(
     ema: bool = True,
     parts: Parts = NONE,
     formula: str | None = None,
+    has_texts: bool = False,
 ) -> System:
     """All networks of a diffusers pipeline or an original file, each read once. Raises WeightsError.
 
     dtype: None keeps the files'; the autoencoder is float32 otherwise, since SDXL's overflows in float16.
     name: what the path holds, where `identify` cannot tell (SD 2's prediction in a single file, SiT).
     parts: where the networks are that an original file of DiT or PixArt lacks. formula: a DiT's, as in `load_model`.
+    has_texts: the caller has what the text encoders give, which then need not be there and are not loaded.
     """
     path = Path(path)
     sources, settings = _open_system(path, variant, ema, parts)
-    system = name_system(path, sources, settings, name)
+    system = name_system(path, sources, settings, name, has_texts=has_texts)
     networks, nodes = {}, {}
-    for place in places_of(system):
+    for place in needed(system, has_texts):
         keeps = dtype is None or place.slot != "autoencoder"
         own = formula if place.slot == "network" else None
         net = load_source(sources[place.folder], dtype if keeps else torch.float32, device, formula=own)
         networks[place.slot], nodes[place.slot] = net, node_of(net)
-    texts = [place.folder for place in places_of(system) if place.folder.startswith("text_encoder")]
+    texts = [place.folder for place in needed(system, has_texts) if place.folder.startswith("text_encoder")]
     beside = [path, *(Path(parts[folder]) for folder in texts if folder in parts)] if texts else []
     tokenizer = read_tokenizer([folder for where in beside for folder in vocabularies(where)], system)
     return System(path, system, networks, nodes, tokenizer, settings)
 
 
-def identify(path: str | os.PathLike, parts: Parts = NONE) -> str:
+def identify(path: str | os.PathLike, parts: Parts = NONE, *, has_texts: bool = False) -> str:
     """The name of the system at a path, from names and shapes alone. Raises WeightsError for anything else.
 
     SD 2 in a single file that does not say what it predicts is taken for its larger model, which predicts v; SiT, whose
     files are like DiT's, for DiT.
     """
     path = Path(path)
-    return name_system(path, *_open_system(path, None, True, parts))
+    return name_system(path, *_open_system(path, None, True, parts), has_texts=has_texts)
 
 
 def node_of(net: nn.Module) -> Config:
@@ -94,7 +96,9 @@ def _open_system(path: Path, variant: str | None, ema: bool, parts: Parts) -> tu
     return sources, settings
 
 
-def name_system(path: Path, sources: Mapping[str, Source], settings: Config, name: str | None = None) -> str:
+def name_system(
+    path: Path, sources: Mapping[str, Source], settings: Config, name: str | None = None, *, has_texts: bool = False
+) -> str:
     """The system of these components, if they are all there and fit together. Raises WeightsError.
 
     name: where the files cannot tell, or are wrong about it; a setting of theirs that it contradicts is then dropped.
@@ -108,16 +112,23 @@ def name_system(path: Path, sources: Mapping[str, Source], settings: Config, nam
     said = "sd21_base" if (found, settings.get("prediction")) == ("sd21", "eps") else found
     if name and name not in others_of(found):
         raise WeightsError(f"{path}: holds the system {said}, not {name}; give another path, or leave the name out")
-    _check_parts(path, sources, found, network)
+    _check_parts(path, sources, needed(found, has_texts), found, network)
     if name and name != said:
         for setting in ("prediction", *(BETAS if name.startswith("sit") else ())):
             settings.pop(setting, None)
     return name or said
 
 
-def _check_parts(path: Path, sources: Mapping[str, Source], system: str, network: Config) -> None:
+def needed(system: str, has_texts: bool) -> list[Place]:
+    """The networks that a system needs, where its texts are to be read, or have been read before."""
+    return [place for place in places_of(system) if not (has_texts and place.folder.startswith("text_encoder"))]
+
+
+def _check_parts(
+    path: Path, sources: Mapping[str, Source], wanted: Iterable[Place], system: str, network: Config
+) -> None:
     """WeightsError unless the system is whole, each part is of its kind, and the texts are as wide as it reads them."""
-    places = {place.folder: place for place in places_of(system)}
+    places = {place.folder: place for place in wanted}
     if missing := [folder for folder in places if folder not in sources]:
         advice = f"give what is missing, as in {missing[0]}=PATH"
         raise WeightsError(
