@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from ldm.io.images import read_image, write_png
-from ldm.tools.report import differing, find_runs, group, main
+from ldm.tools.report import main
+from ldm.tools.runs import find_runs
+from ldm.tools.table import differing, group
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,8 +52,8 @@ def sweep(tmp_path):
 def test_seeds_share_a_row_and_typed_settings_are_the_columns(sweep):
     rows = group(find_runs([sweep]))
     assert [row.cells for row in rows] == [{"prediction": "eps"}, {"prediction": "v"}]
-    assert rows[0].values("metrics", "accuracy") == pytest.approx([0.5, 0.6])
-    assert len(rows[1].runs) == 2 and rows[1].values("metrics", "accuracy") == pytest.approx([0.7])
+    assert rows[0].values("accuracy") == pytest.approx([0.5, 0.6])
+    assert len(rows[1].runs) == 2 and rows[1].values("accuracy") == pytest.approx([0.7])
 
 
 def test_the_table_on_the_terminal_and_in_the_files(sweep, capsys):
@@ -98,7 +100,7 @@ def test_runs_in_natural_order(tmp_path):
 def test_contact_sheet_shows_the_last_preview_of_each_run(sweep, tmp_path):
     assert main([str(sweep), "--out", str(tmp_path / "new" / "out")]) == 0
     sheet = read_image(tmp_path / "new" / "out" / "contact.png")
-    assert sheet.shape[2] == 2 * (384 + 8) + 8 and sheet[:, 60, 60].tolist() == [60] * 3
+    assert sheet.shape[2] == 3 * (384 + 4) + 4 and sheet[:, 90, 388 + 60].tolist() == [60] * 3
 
 
 def test_plot_is_written_or_its_absence_explained(sweep, capsys, monkeypatch):

@@ -1,10 +1,12 @@
-"""Captions and JSON from outside: strict UTF-8, bounded size and depth, no duplicate keys."""
+"""Captions, JSON and YAML from outside: strict UTF-8, bounded size and depth, no duplicate keys."""
 
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ldm.io.files import read_bytes, replacing
 from ldm.utils.errors import DataError, LdmError
@@ -53,6 +55,28 @@ def read_config(path: str | os.PathLike, *, lenient: bool = False) -> dict[str, 
         raise DataError(f"{path}: holds a JSON {type(config).__name__}, a configuration is an object")
     if any("${" in text for text in _strings(config)):  # would read the environment: ${oc.env:...}
         raise DataError(f"{path}: holds an interpolation ('${{...}}'); a configuration stored with weights is resolved")
+    return config
+
+
+class _Plain(yaml.SafeLoader):
+    """Without references, by which a few lines become a table of any size."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("a reference to another entry")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """A configuration that others wrote with weights as YAML: one table of plain values. Raises DataError."""
+    text = decode_text(read_bytes(path, max_bytes=MAX_TEXT), str(path))
+    try:
+        config = yaml.load(text, _Plain)
+        _check_depth(config, MAX_DEPTH)
+    except (yaml.YAMLError, ValueError, RecursionError) as problem:
+        raise DataError(f"{path}: not the YAML expected here ({' '.join(str(problem).split())[:200]})") from problem
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: holds a YAML {type(config).__name__}, a configuration is a table")
     return config
 
 

@@ -1,4 +1,4 @@
-"""Does an image obey its hint? Its own hint is made again, and compared with the one that was given."""
+"""Does an image obey its hint? Its edges are compared with those of the image that the hint was made of."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.data.scenes import draw
-from ldm.data.shapes import render
+from ldm.data.hints import canny
+from ldm.data.loader import collate
 
 
 def overlap(given: Tensor, found: Tensor, reach: int = 1) -> Tensor:
@@ -18,22 +18,40 @@ def overlap(given: Tensor, found: Tensor, reach: int = 1) -> Tensor:
 
 
 class HintOverlap:
-    """Mean overlap of the hints of held-out scenes and those of what is drawn from them, the prompt left empty.
+    """Mean overlap of the edges of held-out images and of what is drawn from hints of them, the prompt left empty.
 
     Without a prompt the hint alone says what to draw; `without_hint` is the same of the base: chance.
     """
 
-    def __init__(self, num_scenes: int = 64, seed: int = 0, reach: int = 1):
-        self.num_scenes = num_scenes
-        self.seed = seed
-        self.reach = reach
+    def __init__(self, num_images: int = 64, reach: int = 1):
+        self.num_images, self.reach = num_images, reach
 
-    def __call__(self, generate: Callable[..., Tensor], dataset, objective: nn.Module) -> dict[str, float]:
+    def __call__(self, generate: Callable[..., Tensor], data, objective: nn.Module) -> dict[str, float]:
         """`generate(prompts, seeds, hints=)` -> (B, 3, H, W) uint8, without hints those of the base."""
-        count = self.num_scenes
-        scenes = draw(self.seed, "held_out", range(count), dataset.objects, dataset.jitter)
-        hints = objective.annotate(render(scenes, dataset.image_size))
-        prompts, seeds = [""] * count, range(count)
+        truth, hints = held_out(objective, data, self.num_images)
+        prompts, seeds = [""] * len(truth), range(len(truth))
         images = {"hint_overlap": generate(prompts, seeds, hints=hints), "without_hint": generate(prompts, seeds)}
-        found = {name: objective.annotate(drawn.cpu()) for name, drawn in images.items()}
-        return {name: overlap(hints, lines, self.reach).mean().item() for name, lines in found.items()}
+        edges = canny(truth)
+        return {name: overlap(edges, canny(drawn.cpu()), self.reach).mean().item() for name, drawn in images.items()}
+
+
+class Steered:
+    """Hints of held-out images, what the base draws without them, what it draws with them, and the images, in rows."""
+
+    def __init__(self, count: int = 4):
+        self.count = count
+
+    def __call__(self, generate: Callable[..., Tensor], data, objective: nn.Module) -> tuple[Tensor, list[str]]:
+        truth, hints = held_out(objective, data, self.count)
+        prompts, seeds = [""] * len(truth), range(len(truth))
+        drawn = [generate(prompts, seeds).cpu(), generate(prompts, seeds, hints=hints).cpu()]
+        shown = hints if hints.dtype == torch.uint8 else (255 * hints.clamp(min=0)).to(torch.uint8)
+        rows = torch.stack([shown, *drawn, truth], dim=1).flatten(0, 1)
+        return rows, ["hint", "without", "with", "image"] * len(truth)
+
+
+def held_out(objective: nn.Module, data, count: int) -> tuple[Tensor, Tensor]:
+    """Images spread over the dataset (B 3 H W uint8), and their hints."""
+    items = [data[index] for index in range(0, len(data), max(1, len(data) // count))[:count]]
+    batch = collate(items)
+    return batch["image"], objective.hints(batch | {"position": torch.arange(len(items))})

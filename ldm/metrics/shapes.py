@@ -52,9 +52,13 @@ def judge(images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
             f"cannot judge images of shape {tuple(images.shape)}, {images.dtype}, against {len(captions)} captions: "
             "expected (B, 3, H, W) uint8 with one caption each"
         )
-    wanted = [parse(caption) for caption in captions]
-    verdicts = [_verdict(scene, blobs) for scene, blobs in zip(wanted, describe(images), strict=True)]
-    table = torch.tensor(verdicts, dtype=torch.bool).view(len(wanted), len(ATTRIBUTES) + 2)
+    return compare(images, [parse(caption) for caption in captions])
+
+
+def compare(images: Tensor, scenes: Sequence[Scene], shapes: Sequence[str] = SHAPES) -> dict[str, Tensor]:
+    """`judge` of scenes instead of captions, which may have other `shapes`."""
+    verdicts = [_verdict(scene, blobs) for scene, blobs in zip(scenes, describe(images, shapes), strict=True)]
+    table = torch.tensor(verdicts, dtype=torch.bool).view(len(scenes), len(ATTRIBUTES) + 2)
     right = dict(zip((*ATTRIBUTES, "count", "relation"), table.unbind(1), strict=True))
     return right | {"all": table.all(1)}
 
@@ -93,18 +97,18 @@ def _related(relation: str, a: Blob, b: Blob) -> bool:
 
 
 @torch.no_grad()
-def describe(images: Tensor) -> list[list[Blob]]:
-    """The blobs of each image (B, 3, H, W) uint8, largest first, at most four."""
-    return [blobs for chunk in images.cpu().split(CHUNK) for blobs in _describe(chunk.float())]
+def describe(images: Tensor, shapes: Sequence[str] = SHAPES) -> list[list[Blob]]:
+    """The blobs of each image (B, 3, H, W) uint8, largest first, at most four; each is the likeliest of `shapes`."""
+    return [blobs for chunk in images.cpu().split(CHUNK) for blobs in _describe(chunk.float(), shapes)]
 
 
-def _describe(images: Tensor) -> list[list[Blob]]:
+def _describe(images: Tensor, shapes: Sequence[str]) -> list[list[Blob]]:
     if images.shape[-1] > MAX_SIDE:
         images = F.interpolate(images, size=(MAX_SIDE, MAX_SIDE), mode="area")
     offset = images - _border(images)[..., None, None]  # B 3 H W
     contrast = offset.norm(dim=1)  # B H W
     owner, masks = _blobs(contrast, (3 * _border(contrast)).clamp(min=CONTRAST))  # above the background's own noise
-    found = _recognise(offset[owner], masks, images[owner] - offset[owner]) if len(owner) else []
+    found = _recognise(offset[owner], masks, images[owner] - offset[owner], shapes) if len(owner) else []
     blobs: list[list[Blob]] = [[] for _ in images]
     for image, blob in zip(owner.tolist(), found, strict=True):
         blobs[image].append(blob)
@@ -142,7 +146,7 @@ def _components(mask: Tensor) -> Tensor:
         labels = spread
 
 
-def _recognise(offset: Tensor, masks: Tensor, back: Tensor) -> list[Blob]:
+def _recognise(offset: Tensor, masks: Tensor, back: Tensor, shapes: Sequence[str]) -> list[Blob]:
     """Colour, centre, shape and radius of blobs, from M 3 H W pixels less their background and M H W masks."""
     strength = offset.norm(dim=1) * masks
     core = (strength / strength.amax((1, 2), keepdim=True)) ** 4  # where the shape covers whole pixels
@@ -152,19 +156,19 @@ def _recognise(offset: Tensor, masks: Tensor, back: Tensor) -> list[Blob]:
     alpha = (alpha * masks).clamp_(0, 1)  # M H W, share of the pixel that is covered
     grid = (torch.arange(alpha.shape[-1]) + 0.5) / alpha.shape[-1]
     x, y = (alpha.sum(axis) @ grid / alpha.sum((1, 2)) for axis in (1, 2))
-    outline, overlap, index, radius = _fit(alpha, x, y)
+    outline, overlap, index, radius = _fit(alpha, x, y, shapes)
     # A thin or blurred outline nowhere covers a whole pixel: the paint that explains it best is stronger than its core.
     paint = torch.einsum("mchw,mhw->mc", offset, outline) / outline.square().sum((1, 2))[:, None]
     colours = _colours(paint + back[..., 0, 0])
     blobs = zip(index, overlap, colours, radius.tolist(), x.tolist(), y.tolist(), strict=True)
     return [
-        Blob(SHAPES[i] if o > MIN_OVERLAP else None, colour, _size(r), _position(u, v), u, v)
+        Blob(shapes[i] if o > MIN_OVERLAP else None, colour, _size(r), _position(u, v), u, v)
         for i, o, colour, r, u, v in blobs
     ]
 
 
-def _fit(alpha: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The outline that overlaps alpha (M, H, W) best, its overlap, its index in SHAPES and its radius (M,).
+def _fit(alpha: Tensor, x: Tensor, y: Tensor, shapes: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The outline that overlaps alpha (M, H, W) best, its overlap, its index in `shapes` and its radius (M,).
 
     Blur adds its variance to a shape's and keeps its mass, so mass and variance give every candidate, a shape under a
     blur, its radius and its strength without a search.
@@ -175,7 +179,7 @@ def _fit(alpha: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     along = [(alpha.sum(axis) * (grid - c[:, None]).square()).sum(1) / mass for axis, c in ((1, x), (2, y))]
     spread = along[0] + along[1]  # M, in squared image sides
     candidates = []
-    for index, shape in enumerate(SHAPES):
+    for index, shape in enumerate(shapes):
         for blur in BLURS:
             own = spread - (2 * blur**2 + 1 / 6) / side**2  # a pixel's own variance is 1/12 per axis
             radius = (own.clamp(min=1 / side**2) / _unit_spread(shape)).sqrt()
@@ -228,7 +232,7 @@ class PromptAccuracy:
     def __call__(self, generate: Callable[[list[str], list[int]], Tensor], dataset, objective=None) -> dict[str, float]:
         """`generate(prompts, seeds)` -> (B, 3, H, W) uint8; `dataset.prompts(n, seed)` says what to draw."""
         prompts = dataset.prompts(self.num_prompts, self.seed)
-        right = judge(generate(prompts, list(range(self.num_prompts))), prompts)
+        right = judge(generate(prompts, list(range(self.num_prompts)))[:], prompts)
         scores = {"prompt_accuracy": right["all"].float().mean().item()}
         scores["count_accuracy"] = right["count"].float().mean().item()
         for name, said in stated(prompts).items():

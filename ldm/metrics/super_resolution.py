@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.diffusion.super_resolution import shrink
+from ldm.diffusion.super_resolution import SuperResolutionObjective, shrink
 from ldm.models.codec import to_uint8
+from ldm.utils.errors import ConfigError
 from ldm.utils.images import psnr
 
 
@@ -38,6 +39,8 @@ class Enlarged:
 
 def held_out(data, count: int, objective: nn.Module) -> tuple[Tensor, Tensor, list[str]]:
     """Images (B 3 H W uint8) spread over the dataset, the same made small, and what the model reads of each."""
+    if not isinstance(objective, SuperResolutionObjective):
+        raise ConfigError(f"metrics=super_resolution is of models that enlarge, not of {type(objective).__name__}")
     stride = max(1, len(data) // count)
     items = [data[index] for index in range(0, len(data), stride)[:count]]
     images = torch.stack([item["image"] for item in items])

@@ -16,22 +16,29 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.build import config_dir, explain, plain
+from ldm.tools.jobs import run_job
 from ldm.utils.errors import ConfigError, LdmError
 
 
 def entry(config_name: str) -> Callable:
-    """Decorator: `main(cfg: dict, run_dir: Path)` becomes a Hydra program with exit codes and one-line errors."""
+    """Decorator: `main(cfg: dict, run_dir: Path)` becomes a Hydra program with exit codes and one-line errors.
+
+    What main returns is for sweepers that search.
+    """
 
     full_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
-    def decorate(main: Callable[[dict, Path], None]) -> Callable[[], None]:
-        def job(cfg: DictConfig) -> None:
+    def decorate(main: Callable[[dict, Path], float | None]) -> Callable[[], None]:
+        def job(cfg: DictConfig) -> float | None:
             settings = HydraConfig.get()
+            path = Path(settings.runtime.output_dir)
+            if settings.mode == RunMode.MULTIRUN:  # errors are raised: the sweep goes on, and fails at its end
+                return run_job(main, plain(cfg), path, f"job {settings.job.num} ({settings.job.override_dirname})")
             try:
-                main(plain(cfg), Path(settings.runtime.output_dir))
+                return main(plain(cfg), path)
             except LdmError as error:
-                if settings.mode == RunMode.MULTIRUN or full_traceback:
-                    raise  # the sweep goes on, and fails at its end
+                if full_traceback:
+                    raise
                 _fail(error, error.exit_code)
 
         program = hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(job)

@@ -14,9 +14,10 @@ from ldm.io.text import write_json
 from ldm.utils.errors import ConfigError, DataError
 from ldm.utils.images import labelled_grid
 
-HOW = ("weights", "kind", "vae", "text_encoder", "text_encoder_2", "formula", "refiner", "handover", "dialect",
-       "sampler", "times", "steps", "guidance", "threshold", "negative", "prompt_weights", "image", "mask",
-       "strength", "aug_level", "image_size", "dtype", "variant", "averaged")  # fmt: skip
+HOW = ("weights", "kind", "vae", "text_encoder", "text_encoder_2", "embeddings", "formula", "refiner", "handover",
+       "dialect", "sampler", "times", "steps", "guidance", "threshold", "negative", "prompt_weights", "image",
+       "mask", "strength", "lora", "controlnet", "t2i_adapter", "composition", "every", "aug_level", "image_size",
+       "dtype", "variant", "averaged")  # fmt: skip
 
 
 def read_pairs(cfg: dict) -> list[tuple[str, int]]:
@@ -25,6 +26,12 @@ def read_pairs(cfg: dict) -> list[tuple[str, int]]:
     if not all(isinstance(seed, int) for seed in seeds) or not seeds:
         raise ConfigError(f"seeds={cfg['seeds']} is not a list of whole numbers, e.g. seeds='[0,1]'")
     return [(str(prompt), seed) for prompt in prompts if prompt is not None for seed in dict.fromkeys(seeds)]
+
+
+def texts_of(cfg: dict) -> list[str]:
+    """All that a text encoder will be given."""
+    texts = [prompt for prompt, _ in read_pairs(cfg)]
+    return texts if cfg["negative"] is None else [*texts, str(cfg["negative"])]
 
 
 def check_writable(out: Path) -> None:

@@ -12,15 +12,17 @@ from ldm.diffusion.objective import DiffusionObjective
 from ldm.generate import Enlarging, generate
 from ldm.io.images import write_png
 from ldm.sampling import Sampling
+from ldm.tools.metrics import build_metrics, once
 from ldm.utils.images import labelled_grid
 
 
 class Previews:
-    """The hooks of a run. `preview(draw, data, objective)` gives labelled images, `metrics(...)` numbers by name."""
+    """The hooks of a run. `preview(draw, data, objective)` gives labelled images, each metric numbers by name."""
 
     def __init__(self, cfg: dict, path: Path, data: Any, objective: nn.Module, ema: Any):
         self.cfg, self.path, self.data, self.objective, self.ema = cfg, path, data, objective, ema
-        self.preview, self.metrics = (make(cfg[name]) if cfg[name] else None for name in ("preview", "metrics"))
+        self.preview = make(cfg["preview"]) if cfg["preview"] else None
+        self.metrics = build_metrics(cfg["metrics"])
         self.sampling = Sampling.from_config(cfg)
         if isinstance(objective, DiffusionObjective):
             self.sampling.times(objective.denoiser.process)  # an impossible grid is an error now, not at a preview
@@ -36,16 +38,28 @@ class Previews:
         return picture
 
     def evaluate(self, step: int) -> dict[str, float]:
-        return self.metrics(*self._subject()) if self.metrics else {}
+        if not self.metrics:
+            return {}
+        draw, data, averaged = self._subject()
+        draw, numbers = once(draw), {}
+        for metric in self.metrics.values():
+            numbers |= metric(draw, data, averaged)
+        return numbers
 
     def _subject(self) -> tuple:
         averaged = self.ema.applied(self.objective) if self.ema else copy.deepcopy(self.objective).eval()
 
         def draw(
-            prompts: Sequence[str], seeds: Sequence[int], small: Tensor | None = None, aug_level: float | None = None
+            prompts: Sequence[str],
+            seeds: Sequence[int],
+            small: Tensor | None = None,
+            aug_level: float | None = None,
+            hints: Tensor | None = None,
+            sampling: dict | None = None,  # nodes of a config, instead of the run's own
         ) -> Tensor:
             size, enlarging = self.cfg["image_size"], None if small is None else Enlarging(small, aug_level)
-            return generate(averaged, prompts, seeds, self.sampling, image_size=size, enlarging=enlarging)
+            how = Sampling.from_config(sampling) if sampling else self.sampling
+            return generate(averaged, prompts, seeds, how, image_size=size, enlarging=enlarging, hints=hints)
 
         return draw, self.data, averaged
 

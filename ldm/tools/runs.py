@@ -10,10 +10,11 @@ from typing import Any
 
 from ldm.io.files import read_bytes
 from ldm.io.text import decode_text, parse_json, read_json
+from ldm.tools.jobs import outcome
 from ldm.utils.errors import DataError
 
 MARKS = {"config.yaml", "metrics.jsonl", "summary.json", ".hydra"}  # any of these makes a directory a run
-NOT_COMPARED = {"seed", "resume"}
+NOT_COMPARED = {"seed", "resume", "goal"}
 MAX_BYTES = 1 << 30
 
 
@@ -26,12 +27,29 @@ class Run:
     settings: dict[str, str]  # dotted key -> value, without the seed
     overrides: dict[str, str]  # the part of them that was typed
     summary: dict[str, Any]
-    losses: list[tuple[int, float]]  # step, loss
+    curves: dict[str, list[tuple[int, float]]]  # of what metrics.jsonl has: step, value
     grid: Path | None  # the last preview
+    claim: dict[str, Any]  # what a paper says of the ablation that this run belongs to
+    error: str | None = None  # why the job of a sweep failed
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        return self.curves.get("loss", [])
+
+    def setting(self, key: str) -> str:
+        return self.overrides.get(key, self.settings.get(key, ""))
+
+    def number(self, key: str) -> float | None:
+        """Of summary.json: a metric, or a number beside the metrics, such as `parameters`."""
+        for node in (self.summary, self.summary.get("metrics")):
+            value = node.get(key) if isinstance(node, dict) else None
+            if isinstance(value, int | float):
+                return value
+        return None
 
 
 def find_runs(directories: Iterable[Path]) -> list[Run]:
-    """Every run at or below the directories, in natural order of their paths. Raises DataError when there is none."""
+    """Every run at or below the directories, in natural order of their paths. Raises DataError for no directory."""
     found = {}
     for root in directories:
         if not root.is_dir():
@@ -40,9 +58,7 @@ def find_runs(directories: Iterable[Path]) -> list[Run]:
             if MARKS & {*folders, *files}:
                 found[Path(folder).resolve()] = Path(folder)
                 folders.clear()
-    if not found:
-        raise DataError(f"no run in {', '.join(map(str, directories))}; a run holds {', '.join(sorted(MARKS))}")
-    return [read_run(path) for path in sorted(found.values(), key=_natural)]
+    return [read_run(path) for path in sorted(found.values(), key=natural)]
 
 
 def read_run(path: Path) -> Run:
@@ -50,7 +66,8 @@ def read_run(path: Path) -> Run:
     config = tolerant(_read_yaml, path / "config.yaml") or tolerant(_read_yaml, path / ".hydra" / "config.yaml")
     typed = tolerant(_read_yaml, path / ".hydra" / "overrides.yaml", kind=list)
     seed = config.get("seed")
-    settings = {key: value for key, value in _flat(config) if not _same_result(key, value, str(seed))}
+    claim = config.pop("claim", None)
+    settings = {key: value for key, value in flat(config) if key not in NOT_COMPARED}
     overrides = dict(_split(str(text)) for text in typed)
     return Run(
         path=path,
@@ -58,18 +75,24 @@ def read_run(path: Path) -> Run:
         settings=settings,
         overrides={key: value for key, value in overrides.items() if key.split(".")[0] not in NOT_COMPARED},
         summary=tolerant(_read_summary, path / "summary.json"),
-        losses=list(_losses(path / "metrics.jsonl")),
-        grid=max((path / "samples").glob("step_*.png"), key=_natural, default=None),
+        curves=_curves(path / "metrics.jsonl"),
+        grid=max((path / "samples").glob("step_*.png"), key=natural, default=None),
+        claim=claim if isinstance(claim, dict) else {},
+        error=outcome(path).get("error"),
     )
 
 
-def _losses(path: Path) -> Iterable[tuple[int, float]]:
-    """(step, loss) of each line that can be read: the last line of a killed run is often half a line."""
+def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """name -> (step, value) of each line that can be read: the last line of a killed run is often half a line."""
+    curves: dict[str, list[tuple[int, float]]] = {}
     data = tolerant(read_bytes, path, max_bytes=MAX_BYTES) or b""
     for line in data.splitlines():
         row = tolerant(parse_json, line.decode(errors="replace"), str(path))
-        if isinstance(row, dict) and isinstance(row.get("loss"), int | float) and isinstance(row.get("step"), int):
-            yield row["step"], row["loss"]
+        if isinstance(row, dict) and isinstance(step := row.pop("step", None), int):
+            for name, value in row.items():
+                if isinstance(value, int | float):
+                    curves.setdefault(name, []).append((step, value))
+    return curves
 
 
 def _read_summary(path: Path) -> dict:
@@ -101,13 +124,13 @@ def tolerant(read: Callable, *args: Any, **knobs: Any) -> Any:
         return {}
 
 
-def _flat(node: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
+def flat(node: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
     """(dotted key, value as text) of every leaf; a list is a leaf."""
     if not isinstance(node, dict):
         yield prefix, node if isinstance(node, str) else json.dumps(node)
         return
     for key, value in node.items():
-        yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+        yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _split(override: str) -> tuple[str, str]:
@@ -116,10 +139,6 @@ def _split(override: str) -> tuple[str, str]:
     return (key.lstrip("~"), "removed") if key.startswith("~") or not equals else (key, value)
 
 
-def _same_result(key: str, value: str, seed: str) -> bool:
-    """Settings that do not tell two experiments apart: the seed, and what was interpolated from it."""
-    return key in NOT_COMPARED or (key.endswith(".seed") and value == seed)
-
-
-def _natural(path: Path) -> list:
+def natural(path: Path | str) -> list:
+    """A key that sorts 9 before 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from ldm.build import compose
 from ldm.conditioning.clip import CLIPTextEncoder
 from ldm.conditioning.prompts import EMPHASIS
+from ldm.conditioning.stored import KnownTexts
 from ldm.generate import Refiner, Run, load_run
 from ldm.published import load_published, parts_of, system_of
 from ldm.utils.devices import pick_device
 from ldm.utils.errors import ConfigError, WeightsError
 
-OF_WEIGHTS = ("kind", "tokenizer", "dtype", "variant", "refiner", "prompt_weights")  # settings that no run has
+ADAPTERS = ("lora", "controlnet", "t2i_adapter", "composition", "every")
+OF_WEIGHTS = ("kind", "embeddings", "tokenizer", "dtype", "variant", "refiner", "prompt_weights")  # no run has them
 
 
 def as_published(cfg: dict, given: Sequence[str]) -> dict:
@@ -33,8 +35,11 @@ def _is_replaced(line: str, chosen: set[str]) -> bool:
     return bool({name, group} & chosen) or (group == "times" and "dialect" in chosen)
 
 
-def load_subject(cfg: dict) -> tuple[Run, Refiner | None]:
-    """The model that is drawn from, and the expert that takes over. Raises ConfigError or WeightsError."""
+def load_subject(cfg: dict, texts: KnownTexts | None = None) -> tuple[Run, Refiner | None]:
+    """The model that is drawn from, and the expert that takes over. Raises ConfigError or WeightsError.
+
+    texts: read before, in place of a text encoder (`ldm.tools.embed`).
+    """
     if bool(cfg["run"]) == bool(cfg["weights"]):
         problem = "both run and weights are set; give one of them" if cfg["run"] else "run is not set"
         raise ConfigError(f"{problem}: a run directory, e.g. run=runs/shapes/2026-01-01_12-00-00, or weights=FILE")
@@ -48,18 +53,32 @@ def load_subject(cfg: dict) -> tuple[Run, Refiner | None]:
     if cfg["run"]:
         if unused := [name for name in OF_WEIGHTS if cfg[name] not in (None, "fp32")]:
             raise ConfigError(f"{', '.join(unused)} can be set for weights= only, and this is a run")
-        return load_run(cfg["run"], device=pick_device(cfg["device"]), ema=cfg["averaged"]), None
+        run = load_run(cfg["run"], device=pick_device(cfg["device"]), ema=cfg["averaged"])
+        attach(run, cfg)
+        return run, None
     refiner = _published(cfg, cfg["refiner"], "sdxl_refiner", {}) if cfg["refiner"] else None
     if cfg["kind"] == "sdxl_refiner" and not cfg["image"]:
         raise WeightsError(
             f"{cfg['weights']} is SDXL's refiner, which draws nothing of its own: "
             "give it as refiner= beside weights= of a base, or give image= to change"
         )
-    run = _published(cfg, cfg["weights"], cfg["kind"], parts_of(cfg))
+    run = _published(cfg, cfg["weights"], cfg["kind"], parts_of(cfg), texts)
+    attach(run, cfg)
     return run, refiner and Refiner(refiner.objective, cfg["handover"])
 
 
-def _published(cfg: dict, weights: str, system: str, parts: dict[str, str]) -> Run:
+def attach(run: Run, cfg: dict) -> None:
+    """The adapters of the command around the model that is drawn from, not around a refiner; says what they change."""
+    given = {name: cfg[name] for name in ADAPTERS}
+    if not given["lora"] and given["composition"] != "merge":
+        raise ConfigError(f"composition={given['composition']} is of LoRAs, and lora is not set; give lora=FILE")
+    if any(given[name] for name in ("lora", "controlnet", "t2i_adapter")):
+        print("\n".join(run.attach(**given)), flush=True)
+
+
+def _published(
+    cfg: dict, weights: str, system: str, parts: dict[str, str], texts: KnownTexts | None = None
+) -> Run:
     run = load_published(
         weights,
         system=system,
@@ -70,6 +89,7 @@ def _published(cfg: dict, weights: str, system: str, parts: dict[str, str]) -> R
         ema=cfg["averaged"],
         parts=parts,
         formula=cfg["formula"] if weights == cfg["weights"] else None,
+        texts=texts,
     )
     if cfg["prompt_weights"]:
         weigh(run, cfg["prompt_weights"])

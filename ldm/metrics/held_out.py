@@ -1,0 +1,27 @@
+"""Held-out images, and what a model is told to draw them."""
+
+import torch
+from torch import Tensor, nn
+
+from ldm.data.loader import facts
+from ldm.utils.errors import DataError
+
+
+def spread(data, count: int) -> Tensor:
+    """(count,) items evenly over a dataset; over again from its start where it has fewer."""
+    stride = max(1, len(data) // count)
+    return torch.arange(count) * stride % len(data)
+
+
+def prompts_of(data, items: Tensor, objective: nn.Module) -> list[str]:
+    """What a model reads of these items: captions, names of classes, nothing. Raises DataError where they lack it."""
+    fields = objective.conditioner.fields
+    known = facts(data, items) if fields & {"caption", "label"} else {}
+    for field in ("caption", "label"):
+        if field in fields and field not in known:
+            raise DataError(f"the model draws from a {field}, and the data has only {', '.join(known) or 'images'}")
+    if "caption" in fields:
+        return known["caption"]
+    if "label" in fields:
+        return [data.class_names[label] for label in known["label"].tolist()]
+    return [""] * len(items)

@@ -1,0 +1,154 @@
+"""What papers say of the arms of an ablation, and what runs say: *agrees*, *disagrees* or *undecided*.
+
+The `claim` node of a config, which every run of an ablation stores:
+
+    paper: arXiv:2212.09748, Fig. 5
+    says: adaLN-Zero is best, then adaLN       # in words
+    arms: [network.conditioning]               # settings whose values name an arm; none: only its ways of sampling do
+    metric: held_out_eps_mse                   # of summary.json
+    better: lower                              # or higher
+    orders:                                    # best first; = is a tie
+      - adaln_zero > adaln = cross_attention
+      - {order: adaln_zero > adaln, metric: frechet_distance, better: lower}
+
+An arm is written value/value/way: one value for each of `arms`, and for metrics=sampling_arms the way of sampling,
+which may stand in front of `metric` instead.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ldm.tools.runs import Run
+from ldm.utils.errors import DataError
+
+AGREES, DISAGREES, UNDECIDED, OPEN = "agrees", "disagrees", "undecided", "not judged"
+
+
+@dataclass
+class Order:
+    """One line of a claim: arms, best first, and between them > or =."""
+
+    text: str
+    metric: str
+    better: str  # lower | higher
+    settings: Sequence[str]  # that name an arm
+
+    @property
+    def parts(self) -> list[str]:
+        return re.split(r"\s*([>=])\s*", self.text.strip())
+
+    @property
+    def arms(self) -> list[str]:
+        return self.parts[::2]
+
+    def key(self, arm: str) -> str:
+        """Where summary.json has the metric of an arm."""
+        return "/".join([*arm.split("/")[len(self.settings) :], self.metric])
+
+    def runs(self, arm: str, runs: Iterable[Run]) -> list[Run]:
+        """Those of an arm."""
+        values = arm.split("/")
+        wanted = dict(zip(self.settings, values, strict=False))
+        return [run for run in runs if all(run.setting(name) == value for name, value in wanted.items())]
+
+    def values(self, arm: str, runs: Sequence[Run]) -> dict[str, float]:
+        """seed -> the metric, of every finished run of an arm. Raises DataError where there is none."""
+        chosen = self.runs(arm, runs)
+        if not chosen:
+            known = dict.fromkeys("/".join(run.setting(name) for name in self.settings) for run in runs)
+            raise DataError(f"no run is of arm {arm}; there are {', '.join(known)}")
+        found = {run.seed: run.number(self.key(arm)) for run in chosen}
+        if values := {seed: value for seed, value in found.items() if value is not None}:
+            return values
+        raise DataError(f"no finished run of arm {arm} has the metric {self.key(arm)}")
+
+
+@dataclass
+class Verdict:
+    """What the runs say of an order: `text` is one of the four words above; `reason` has the numbers."""
+
+    order: Order
+    text: str
+    reason: str
+
+
+@dataclass
+class Claim:
+    """A claim and the runs that were made to test it."""
+
+    node: dict
+    runs: list[Run]
+
+    @property
+    def orders(self) -> list[Order]:
+        given = [{"order": line} if isinstance(line, str) else line for line in self.node["orders"]]
+        return [
+            Order(
+                line["order"],
+                line.get("metric", self.node["metric"]),
+                line.get("better", self.node["better"]),
+                self.node["arms"],
+            )
+            for line in given
+        ]
+
+    def verdicts(self) -> list[Verdict]:
+        sizes = sorted({run.setting("image_size") for run in self.runs if run.summary})
+        if len(sizes) > 1:
+            reason = f"runs of image_size {' and '.join(sizes)} are mixed; report one size at a time"
+            return [Verdict(order, OPEN, reason) for order in self.orders]
+        return [judge(order, self.runs) for order in self.orders]
+
+
+def claims(runs: Iterable[Run]) -> list[Claim]:
+    """The claims that runs store, each with its runs."""
+    found: dict[str, Claim] = {}
+    for run in runs:
+        if run.claim:
+            found.setdefault(json.dumps(run.claim, sort_keys=True), Claim(run.claim, [])).runs.append(run)
+    return list(found.values())
+
+
+def judge(order: Order, runs: Sequence[Run]) -> Verdict:
+    """An order agrees when each of its neighbours does, and disagrees when one of them does."""
+    try:
+        values = {arm: order.values(arm, runs) for arm in order.arms}
+    except DataError as error:
+        return Verdict(order, OPEN, str(error))
+    signs = order.parts[1::2]
+    found = [
+        compare(values[better], sign, values[worse], order.better)
+        for (better, worse), sign in zip(pairwise(order.arms), signs, strict=True)
+    ]
+    words = [word for word, _ in found]
+    word = DISAGREES if DISAGREES in words else UNDECIDED if UNDECIDED in words else AGREES
+    means = [f"{arm} {_mean(values[arm].values()):.4g}" for arm in order.arms]
+    return Verdict(order, word, f"{', '.join(means)}; " + "; ".join(reason for _, reason in found))
+
+
+def compare(first: dict[str, float], sign: str, second: dict[str, float], better: str) -> tuple[str, str]:
+    """The verdict on two neighbours, seed -> value: their mean gap counts where it exceeds the seeds' spread.
+
+    Runs of the same seed share weights, data and noise at their start, so the spread is the range of their gaps; arms
+    without common seeds are compared by the larger range of their values.
+    """
+    towards = -1 if better == "lower" else 1
+    gap = towards * (_mean(first.values()) - _mean(second.values()))
+    if first.keys() == second.keys():
+        gaps = [first[seed] - second[seed] for seed in first]
+        spread = max(gaps) - min(gaps)
+    else:
+        spread = max(max(values.values()) - min(values.values()) for values in (first, second))
+    reason = f"gap {gap:+.2g}, seeds' spread {spread:.2g}"
+    if min(len(first), len(second)) < 2:
+        return UNDECIDED, reason + " of one seed"
+    if sign == "=":
+        return (AGREES if abs(gap) <= spread else DISAGREES), reason
+    return (AGREES if gap > spread else DISAGREES if -gap > spread else UNDECIDED), reason
+
+
+def _mean(values: Collection[float]) -> float:
+    return sum(values) / len(values)

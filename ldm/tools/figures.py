@@ -1,0 +1,117 @@
+"""The pictures of a report: curves and dots, and the last preview of every run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.io.files import replacing
+from ldm.tools.claims import Claim
+from ldm.tools.runs import tolerant
+from ldm.tools.table import Row, metric_names
+
+CELL = 384  # pixels, the width of one run in the contact sheet
+DECADE = 10  # a panel whose positive values span more than this is logarithmic
+PANELS = 5  # at most
+LEGEND = 16  # rows, at most: more hide the curves
+LINE = 0.2  # inches, of a row of dots
+
+
+def plot(rows: list[Row], claims: Sequence[Claim], path: Path) -> str:
+    """The loss over steps, one colour per row, and metrics: those that claims name, else the first one.
+
+    Returns what was done, in one line.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return f"{path.name} skipped: matplotlib is not installed (pip install matplotlib)"
+    panels = panels_of(rows, claims)[: PANELS - 1]
+    height = max([4.2, *(LINE * len(dots) for _, dots in panels)])
+    figure = Figure(figsize=(5.2 * (1 + len(panels)), height), layout="constrained")
+    first, *others = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
+    _curves(first, rows, "loss")
+    for axis, (metric, dots) in zip(others, panels, strict=True):
+        if any(len(run.curves.get(metric, [])) > 2 for row in rows for run in row.runs):
+            _curves(axis, rows, metric)
+        else:
+            _dots(axis, metric, dots)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=80)
+    return str(path)
+
+
+def panels_of(rows: list[Row], claims: Sequence[Claim]) -> list[tuple[str, dict[str, list[float]]]]:
+    """(metric, {arm: one value per seed}) of each metric that claims name, or of the headline for all rows."""
+    panels: dict[str, dict[str, list[float]]] = {}
+    for claim in claims:
+        for order in claim.orders:
+            arms = {arm: tolerant(order.values, arm, claim.runs) for arm in order.arms}
+            panels.setdefault(order.metric, {}).update({arm: [*seeds.values()] for arm, seeds in arms.items() if seeds})
+    if found := [panel for panel in panels.items() if panel[1]]:
+        return found
+    return [(name, {row.label: row.values(name) for row in rows}) for name in metric_names(rows)[:1]]
+
+
+def _curves(axis, rows: list[Row], name: str) -> None:
+    """A metric over steps; a loss as a running mean."""
+    for number, row in enumerate(rows):
+        axis.plot([], [], color=f"C{number}", label=row.label)
+        for run in row.runs:
+            curve = run.curves.get(name, [])
+            points = smooth(curve) if name == "loss" else tuple(zip(*curve, strict=True)) or ([], [])
+            axis.plot(*points, color=f"C{number}", alpha=0.8, linewidth=1)
+    values = [value for row in rows for run in row.runs for _, value in run.curves.get(name, [])]
+    axis.set(xlabel="step", ylabel=name, yscale=_scale(values))
+    if len(rows) <= LEGEND:
+        axis.legend(fontsize="x-small")
+
+
+def _dots(axis, name: str, arms: dict[str, list[float]]) -> None:
+    for number, (arm, values) in enumerate(arms.items()):
+        axis.plot(values, [arm] * len(values), "o", color=f"C{number}")
+    axis.set(xlabel=name, xscale=_scale([value for values in arms.values() for value in values]))
+    axis.yaxis.set_inverted(True)  # in the order of the table
+    axis.grid(axis="x", alpha=0.3)
+
+
+def _scale(values: Sequence[float]) -> str:
+    """Of an axis: logarithmic where positive values span more than a decade."""
+    return "log" if values and min(values) > 0 and max(values) > DECADE * min(values) else "linear"
+
+
+def smooth(curve: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    """Steps and running means over a fiftieth of the curve: single batches of a diffusion loss are mostly noise."""
+    window, sums = max(1, len(curve) // 50), [0.0]
+    for _, value in curve:
+        sums.append(sums[-1] + value)
+    ends = range(window, len(sums))
+    return [curve[end - 1][0] for end in ends], [(sums[end] - sums[end - window]) / window for end in ends]
+
+
+def contact_sheet(rows: list[Row], path: Path) -> str:
+    """The last preview of every run: a row for each of the table, a column for each seed. Says what was done."""
+    import torch  # only here: the table needs none of it
+
+    from ldm.io.images import read_image, write_png
+    from ldm.utils.images import axes_grid
+
+    seeds = list(dict.fromkeys(run.seed for row in rows for run in row.runs))
+    places = {(r, seeds.index(run.seed)): run.grid for r, row in enumerate(rows) for run in row.runs if run.grid}
+    grids = {place: tolerant(read_image, grid) for place, grid in places.items()}
+    shown = {place: _to_width(image, CELL) for place, image in grids.items() if len(image)}
+    if not shown:
+        return f"{path.name} skipped: no run has samples/step_*.png"
+    height = max(image.shape[1] for image in shown.values())
+    cells = torch.full((len(rows), len(seeds), 3, height, CELL), 255, dtype=torch.uint8)
+    for (r, c), image in shown.items():
+        cells[r, c, :, : image.shape[1]] = image
+    write_png(path, axes_grid(cells, [row.label for row in rows], [f"seed {seed}" for seed in seeds]))
+    return str(path)
+
+
+def _to_width(image, width: int):
+    """uint8 (3, H, W) at another width, the aspect kept."""
+    import torch
+
+    height = max(1, round(image.shape[1] * width / image.shape[2]))
+    resized = torch.nn.functional.interpolate(image[None].float(), (height, width), mode="bilinear", antialias=True)
+    return resized[0].round().clamp(0, 255).byte()

@@ -1,0 +1,57 @@
+"""Jobs of a sweep: each leaves job.json, so that a sweep begun again in its directory repeats only what did not end."""
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ldm.io.text import read_json, write_json
+from ldm.utils.errors import ConfigError, DataError, LdmError
+
+RECORD = "job.json"  # {"config": ..., "error": a line or null, "value": what main returned}
+
+
+def run_job(main: Callable[[dict, Path], float | None], cfg: dict, path: Path, name: str) -> float | None:
+    """main(cfg, path), unless a job with these settings has ended in `path` before; what came of it is written down.
+
+    An error is raised again under the job's name; the launcher goes on with the next job.
+    """
+    record = path / RECORD
+    settings = json.loads(json.dumps(cfg))
+    known = outcome(path)
+    if known.get("config") == settings and known.get("error") is None:
+        print(f"{name}: finished before, in {path}")
+        return known.get("value")
+    try:
+        value = main(copy.deepcopy(cfg), path)
+    except Exception as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        print(f"{name} failed: {line}", file=sys.stderr)
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(record, {"config": settings, "error": line, "value": None})
+        if isinstance(error, LdmError):
+            raise type(error)(f"{name}: {line}") from error
+        raise
+    write_json(record, {"config": settings, "error": None, "value": value})
+    return value
+
+
+def outcome(path: Path) -> dict:
+    """What job.json of a directory says; empty where there is none that can be read."""
+    try:
+        known = read_json(path / RECORD)
+    except DataError:
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def reached(goal: str | None, summary: dict) -> float | None:
+    """The number that a search improves, of the summary of a run. Raises ConfigError where it has none."""
+    if goal is None:
+        return None
+    found = summary["metrics"].get(goal)
+    if not isinstance(found, int | float):
+        numbers = [name for name, value in summary["metrics"].items() if isinstance(value, int | float)]
+        raise ConfigError(f"goal={goal}: the run has no such number; it has {', '.join(sorted(numbers))}")
+    return found
