@@ -2,7 +2,9 @@
 
 python sample.py run=DIR prompts="[a red circle, a blue square]" seeds="[0,1]"
 python sample.py weights=sd15.safetensors prompts="[a photo of a cat]" negative="blurry"
-python sample.py cascade="[runs/64,runs/256]" stages="[{},{steps:20,aug_level:0.2}]" prompts="[a cat]"
+python sample.py weights=sd15.safetensors lora=style.safetensors controlnet="[{path: c.pth, image: c.png}]" prompts=...
+python sample.py run=DIR num_images=1000 metrics=[frechet,kid]
+python sample.py cascade="[runs/64,runs/256]" stages="[{},{steps:20,aug_level:0.2}]" prompts="[a cat]"   # or metrics=
 """
 
 from pathlib import Path
@@ -16,18 +18,23 @@ from ldm.tools.cli import entry
 def main(cfg: dict, path: Path) -> None:
     from ldm.generate import generate, sides
     from ldm.sampling import Sampling
-    from ldm.tools.gallery import check_writable, read_edit, read_pairs, write_gallery
-    from ldm.tools.stages import draw_cascade
+    from ldm.tools.embed import Reader, share_text_encoder
+    from ldm.tools.gallery import check_writable, read_edit, read_pairs, texts_of, write_gallery
+    from ldm.tools.measure import measure
+    from ldm.tools.measure_cascade import measure_cascade
+    from ldm.tools.stages import draw_cascade, enlarges
     from ldm.tools.subject import as_published, load_subject
 
     given = list(HydraConfig.get().overrides.task)
     out = Path(cfg["out"]) if path == Path.cwd() else path  # a sweep has a folder per job below `out`
     check_writable(out)
-    if cfg["cascade"]:
-        return draw_cascade(cfg, given, out)
-    cfg = as_published(cfg, given)
+    if cfg["cascade"] or enlarges(cfg := as_published(cfg, given)):
+        return (measure_cascade if cfg["metrics"] else draw_cascade)(cfg, given, out)
+    if cfg["metrics"]:
+        return measure(cfg, out)
+    [cfg] = share_text_encoder([cfg])
     sampling = Sampling.from_config(cfg)
-    run, refiner = load_subject(cfg)
+    run, refiner = load_subject(cfg, Reader(texts_of(cfg))(cfg))
     image_size = sides(run.config["image_size"] if cfg["image_size"] is None else cfg["image_size"])
     pairs = read_pairs(cfg)
     images = generate(
@@ -39,6 +46,7 @@ def main(cfg: dict, path: Path) -> None:
         negative=cfg["negative"],
         edit=read_edit(cfg, image_size),
         refiner=refiner,
+        attached=run.attached,
         batch_size=cfg["batch_size"],
         progress=True,
     )

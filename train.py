@@ -10,22 +10,25 @@ from ldm.tools.cli import entry
 
 
 @entry("train")
-def main(cfg: dict, path: Path) -> None:
+def main(cfg: dict, path: Path) -> float | None:
+    from ldm.tools.jobs import reached
     from ldm.training.distributed import init, local_device
     from ldm.utils.devices import pick_device
 
-    device = local_device(pick_device(cfg["device"]))
+    device, goal = local_device(pick_device(cfg["device"])), cfg.pop("goal")
     world = init(device)
     try:
-        train(cfg, world.first(lambda: path), device, world)
+        return reached(goal, train(cfg, world.first(lambda: path), device, world))
     finally:
         world.close()
 
 
 def train(cfg: dict, path: Path, device, world) -> dict:
     """Train in the run directory `path` until trainer.steps, from its newest checkpoint; returns its summary."""
+    from ldm.adapters.training import export
     from ldm.build import build_held_out, make, write_config
     from ldm.data.loader import batches
+    from ldm.tools.class_images import check_reads_text, with_class_images
     from ldm.tools.previews import Previews
     from ldm.tools.profile import profiled
     from ldm.training.distill import DistillationObjective
@@ -35,7 +38,10 @@ def train(cfg: dict, path: Path, device, world) -> dict:
 
     resume = cfg.pop("resume", None)
     trainer, data = make(cfg["trainer"]), make(cfg["data"])
-    objective, network, images, files = assemble(cfg, data, path, resume, device, world)
+    data = with_class_images(cfg, data, path, device, world) if cfg["dreambooth"] else data
+    objective, adapters, network, images, files = assemble(cfg, data, path, resume, device, world)
+    if cfg["dreambooth"]:
+        check_reads_text(objective)
     prepare(objective, network, trainer, device)
     optimizer = make(cfg["optimizer"])(objective)
     ema = make(cfg["ema"], batch_size=trainer.batch_size)(objective) if cfg["ema"] else None
@@ -44,54 +50,50 @@ def train(cfg: dict, path: Path, device, world) -> dict:
 
     feed = partial(batches, images, trainer.batch_size, seed=cfg["seed"], flip=cfg["flip"], rank=world.rank,
                    world_size=world.size, workers=0 if cfg["cache"] else trainer.workers)  # fmt: skip
-    previews = Previews(cfg, path, build_held_out(cfg["data"], data), objective, ema)
+    previews = Previews(cfg, path, data if cfg["dreambooth"] else build_held_out(cfg["data"], data), objective, ema)
     logger = make(cfg["logger"], run_dir=path, config=cfg) if cfg["logger"] else None
     hooks = Hooks(previews.sample, previews.evaluate, logger)
     run = RunDirectory(path, cfg, files, resume and Path(resume))
     if world.is_main:
         write_config(path / "config.yaml", cfg)
     with profiled(path, cfg["profile"]):
-        return fit(objective, lambda step: feed(start_step=step), optimizer, trainer, run, ema=ema, hooks=hooks,
-                   lr_schedule=make(cfg["lr_schedule"]), world=world, seed=cfg["seed"])  # fmt: skip
+        summary = fit(objective, lambda step: feed(start_step=step), optimizer, trainer, run, ema=ema, hooks=hooks,
+                      lr_schedule=make(cfg["lr_schedule"]), world=world, seed=cfg["seed"])  # fmt: skip
+    if adapters and world.is_main:
+        export(ema.applied(objective) if ema else objective, adapters, path / "adapter")
+    return summary
 
 
 def assemble(cfg: dict, data, path: Path, resume: str | None, device, world) -> tuple:
-    """(objective, network, images, files for checkpoints): what `cfg` describes, which is completed on the way.
+    """(objective, adapters, network, images, files for checkpoints): what `cfg` describes, completed on the way.
 
-    From nothing, from published weights, from a teacher, or as the checkpoint that training continues says.
+    From nothing, from published weights, from another run, or as the checkpoint that training continues says.
     """
     import torch
 
-    from ldm.build import build_conditioner, build_objective
-    from ldm.generate import load_run
-    from ldm.published import begin, parts_of
+    from ldm.build import build_adapters, build_conditioner, build_objective
+    from ldm.tools.begin import begin_run
     from ldm.tools.precompute import precompute
-    from ldm.training.run import continued
     from ldm.utils.seeding import key
 
-    stored, files = continued(path, resume)
-    networks, vocabulary = {}, None
-    if cfg["weights"] or parts_of(cfg):
-        found, networks, vocabulary = begin(cfg, stored)
-        cfg.update(found)
-    if cfg["teacher"]:  # its student is the same system, and begins as its copy
-        teacher = load_run(cfg["teacher"])
-        start, networks = teacher.objective.state_dict(), {"teacher": teacher.objective.denoiser}
-        stored, files = continued(cfg["teacher"], None)
-        cfg.update({name: stored[name] for name in ("codec", "conditioner", "network", "process", "prediction")})
-    codec, cfg["codec"] = build_first_stage(cfg, stored, path, data, device, world, networks)
+    start = begin_run(cfg, path, resume)
+    cfg.update(start.config)
+    codec, cfg["codec"] = build_first_stage(cfg, start.stored, path, data, device, world, start.networks)
     torch.manual_seed(key(cfg["seed"], "init"))
-    vocabulary = files.get("tokenizer.json", vocabulary)
-    conditioner, cfg["conditioner"], files = build_conditioner(cfg["conditioner"], data, vocabulary, networks)
+    conditioner, cfg["conditioner"], files = build_conditioner(
+        cfg["conditioner"], data, start.vocabulary, start.networks
+    )
     images = torch.utils.data.Subset(data, range(min(cfg["limit"], len(data)))) if cfg["limit"] else data
     if cfg["cache"]:
         images, conditioner = precompute(images, codec, conditioner, cfg["cache"], key=files, device=device,
                                          workers=cfg["trainer"]["workers"])  # fmt: skip
-    objective, network, cfg["network"] = build_objective(cfg, codec, conditioner, networks)
+    objective, network, cfg["network"] = build_objective(cfg, codec, conditioner, start.networks)
+    if start.state:
+        objective.load_state_dict(start.state)
     if cfg["teacher"]:
-        objective.load_state_dict(start)
         objective.conditioner.requires_grad_(False)
-    return objective, network, images, files
+    adapters = build_adapters(cfg["adapters"], objective)
+    return objective, adapters, network, images, files
 
 
 def build_first_stage(cfg: dict, stored: dict, path: Path, data, device, world, networks):
@@ -107,7 +109,7 @@ def build_first_stage(cfg: dict, stored: dict, path: Path, data, device, world, 
     if "experiment" not in node:
         return build_codec(node, networks), node
     if "autoencoder" in stored.get("codec", {}):
-        return build_codec(stored["codec"]), stored["codec"]
+        return build_codec(stored["codec"], networks), stored["codec"]
     source = Path(node["run"] or path / "autoencoder")
     if not (source / "summary.json").exists():
         if node["run"]:

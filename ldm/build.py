@@ -128,6 +128,13 @@ def make(node: dict, **interface: Any) -> Any:
     return partial(target, **arguments) if is_partial else target(**arguments)
 
 
+def make_listed(target: str, given: Any) -> list:
+    """Objects of one kind from what a command lists: settings each, or a path alone; one of them need be no list."""
+    given = given if isinstance(given, list | tuple) else [given] if given else []
+    nodes = [dict(node) if isinstance(node, dict) else {"path": node} for node in given]
+    return [make({**node, "_target_": target, "path": str(node.get("path", MISSING))}) for node in nodes]
+
+
 def fits(value: Any, annotation: Any) -> bool:
     """Whether a value of a config is what a signature asks for, where that is a number, a switch or a text."""
     kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
@@ -187,8 +194,8 @@ def build_encoder(node: dict, network: "nn.Module | None", objects: dict) -> Any
     if "network" not in node:
         return make(node, **objects)
     node = dict(node)
-    inner = node.pop("network")
-    return make(node, network=(network or make(inner)).requires_grad_(False).eval(), **objects)
+    inner, frozen = node.pop("network"), node.pop("frozen", True)
+    return make(node, network=(network or make(inner)).requires_grad_(not frozen).eval(), **objects)
 
 
 def hollow_encoders(node: dict) -> dict[str, "nn.Module"]:
@@ -238,6 +245,7 @@ def build_objective(
     process = make(cfg["process"])
     parts: dict[str, Callable[[], Any]] = {
         "autoencoder": lambda: network,
+        "classifier": lambda: network,
         "denoiser": lambda: Denoiser(network, process, make(cfg["prediction"], process=process)),
         "codec": lambda: codec,
         "conditioner": lambda: conditioner,
@@ -247,6 +255,7 @@ def build_objective(
         "density": lambda: make(cfg["density"]),
         "weighting": lambda: make(cfg["weighting"]),
         "masks": lambda: make(cfg["masks"]),
+        "annotate": lambda: make(cfg["hint"]),
         "teacher": lambda: networks["teacher"],
         "reconstruction": lambda: make(cfg["reconstruction"]),
         "perceptual": lambda: make(cfg["perceptual"]) if cfg["perceptual"] else None,
@@ -255,6 +264,18 @@ def build_objective(
     objects |= {name: part() if training else None for name, part in only_training.items() if name in wanted}
     own = cfg["objective"] if training else {k: v for k, v in cfg["objective"].items() if k in {"_target_", *wanted}}
     return make(own, **objects), network, node
+
+
+def build_adapters(nodes: dict, objective: "nn.Module") -> dict[str, Any]:
+    """Adapters by name, put around an objective, whose own parameters are frozen from then on; none leave it alone."""
+    from ldm.adapters.training import attach, base_of
+
+    if not nodes:
+        return {}
+    base = {"net": base_of(objective), "downsample": objective.codec.downsample}
+    adapters = {name: make(node, name=name, **base) for name, node in nodes.items()}
+    attach(objective, adapters)
+    return adapters
 
 
 def write_config(path: Path, cfg: dict) -> None:

@@ -3,15 +3,16 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.build import build_codec, build_conditioner, build_objective, hollow_encoders
+from ldm.build import build_adapters, build_codec, build_conditioner, build_objective, hollow_encoders, make_listed
 from ldm.diffusion import guidance
 from ldm.diffusion.objective import DiffusionObjective
 from ldm.models.codec import LatentCodec
@@ -21,6 +22,10 @@ from ldm.training.checkpoint import find, load_config, load_files, load_weights
 from ldm.utils.errors import ConfigError, DataError
 from ldm.utils.seeding import Noise
 
+if TYPE_CHECKING:  # most models are drawn from without adapters
+    from ldm.adapters.sampling import Attached
+
+PATCH, HINT = "ldm.adapters.sampling.Patch", "ldm.adapters.sampling.Hint"
 SCALE_IMAGES = 1024  # on which the scale of latents is measured
 
 
@@ -65,6 +70,8 @@ def generate(
     edit: Edit | None = None,
     refiner: Refiner | None = None,
     enlarging: Enlarging | None = None,
+    hints: Tensor | None = None,  # B C H W, one per prompt, of a model trained with objective=control
+    attached: "Attached | None" = None,  # to the objective
     batch_size: int = 64,
     progress: bool = False,
 ) -> Tensor:
@@ -86,7 +93,8 @@ def generate(
     for batch in batches:
         noise = sampling.dialect.streams([seeds[i] for i in batch])
         small = enlarging and Enlarging(enlarging.image[batch], enlarging.aug_level)
-        task = Task([prompts[i] for i in batch], negative, size, sampling, times, noise, edit, small)
+        hint = None if hints is None else hints[batch]
+        task = Task([prompts[i] for i in batch], negative, size, sampling, times, noise, edit, small, hint, attached)
         images.append(task.draw(objective, refiner, lambda *_: bar.update()).cpu())
     bar.close()
     return torch.cat(images)[torch.tensor(sum(batches, [])).argsort()]
@@ -113,6 +121,8 @@ class Task:
     noise: Callable[[str], Noise]  # by purpose
     edit: Edit | None
     enlarging: Enlarging | None
+    hint: Tensor | None
+    attached: "Attached | None"
 
     def draw(self, objective: DiffusionObjective, refiner: Refiner | None, callback: Callable) -> Tensor:
         """uint8 images B 3 H W."""
@@ -134,8 +144,9 @@ class Task:
         if self.enlarging:
             extra = objective.image_conditions(vars(self.enlarging), shape, self.noise("low_res"))
         else:
-            extra = objective.image_conditions(pictures, shape, posterior)
-        denoise = self._denoise(objective, extra, refiner)
+            given = {} if self.hint is None else {"hint": self.hint.to(device)}
+            extra = objective.image_conditions(pictures | given, shape, posterior)
+        denoise = self._denoise(objective, extra, refiner, times)
         if edit and edit.mask is not None and not masks_itself:
             mask = F.interpolate(pictures["mask"], shape[2:], mode="nearest")
             noise = self.noise("known") if dialect.known == "fresh" else lambda _: eps
@@ -149,17 +160,28 @@ class Task:
         count = len(self.prompts) if self.sampling.dialect.posterior == "sample" else 1
         return {name: p.expand(count, -1, -1, -1).to(device) for name, p in given.items() if p is not None}
 
-    def _denoise(self, objective: DiffusionObjective, pictures: dict, refiner: Refiner | None) -> Callable:
+    def _denoise(
+        self, objective: DiffusionObjective, pictures: dict, refiner: Refiner | None, times: Tensor
+    ) -> Callable:
         """denoise(x, t) -> x0 with prompts, guidance, refiner and threshold inside."""
         sampling = self.sampling
         if sampling.threshold and not objective.codec.bounded:
             raise ConfigError("threshold clips x0 to [-1, 1], the range of pixels, not of latents; use threshold=none")
-        denoise = self._guided(objective, pictures)
+        denoise = self._attached(objective, pictures, times)
         if refiner:
-            denoise = guidance.experts(denoise, self._guided(refiner.objective, {}), switch=1 - refiner.handover)
+            denoise = guidance.experts(denoise, self._guided(refiner.objective, {}, {}), switch=1 - refiner.handover)
         return sampling.threshold(denoise) if sampling.threshold else denoise
 
-    def _guided(self, objective: DiffusionObjective, pictures: dict) -> Callable:
+    def _attached(self, objective: DiffusionObjective, pictures: dict, times: Tensor) -> Callable:
+        """Guided, with the adapters that are attached to the model."""
+        if self.attached is None:
+            return self._guided(objective, pictures, pictures)
+        with_hints, without = self.attached.conditions(self.size, len(self.prompts))
+        guided = partial(self._guided, objective, pictures | with_hints, pictures | without)
+        return self.attached.compose(guided, times.tolist(), self.size)
+
+    def _guided(self, objective: DiffusionObjective, pictures: dict, without: dict) -> Callable:
+        """With prompts and guidance; `pictures` are conditions too, and `without` those of no prompt."""
         conditioner, count = objective.conditioner, len(self.prompts)
         height, width = self.size
         texts = conditioner.fields & {"caption", "label"}
@@ -168,7 +190,7 @@ class Task:
         encoded = self.negative is not None or self.sampling.dialect.empty == "encode"
         instead = {name: [self.negative or ""] * count for name in texts} if encoded else {}
         cond, null = conditioner.pair(batch, **instead)
-        return self.sampling.guidance(self.sampling.denoiser(objective), cond | pictures, null | pictures)
+        return self.sampling.guidance(self.sampling.denoiser(objective), cond | pictures, null | without)
 
 
 def sides(image_size: int | Sequence[int]) -> tuple[int, int]:
@@ -191,6 +213,27 @@ class Run:
 
     def __init__(self, objective: nn.Module, config: dict, step: int):
         self.objective, self.config, self.step = objective.eval(), config, step
+        self.attached: Attached | None = None
+
+    def attach(self, *, lora: Any = (), controlnet: Any = (), t2i_adapter: Any = (), **composition) -> list[str]:
+        """Put adapters from files around the model, instead of those that are; a line for each says what it changes.
+
+        Each is a path or a list of paths or of settings, {"path": ..., "scale": 0.8}: those of `ldm.adapters.sampling`,
+        Patch for a LoRA and Hint for the others, and how LoRAs are composed (Attached). Raises LdmError, and then the
+        model is as it was without any.
+        """
+        from ldm.adapters.sampling import Attached
+
+        self.detach()
+        hints = {"controlnet": make_listed(HINT, controlnet), "t2i_adapter": make_listed(HINT, t2i_adapter)}
+        self.attached = Attached(self.objective, make_listed(PATCH, lora), hints, **composition)
+        return self.attached.report
+
+    def detach(self) -> None:
+        """Leave the model as it was before `attach`, bit for bit."""
+        if self.attached:
+            self.attached.detach()
+        self.attached = None
 
     def generate(
         self,
@@ -218,6 +261,7 @@ class Run:
             Sampling.named(sampler, steps, guidance, times, threshold, dialect),
             image_size=self.config["image_size"] if image_size is None else image_size,
             negative=negative,
+            attached=self.attached,
             batch_size=batch_size,
         )
         return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
@@ -233,6 +277,7 @@ def load_run(path: str | Path, *, device: str = "cpu", ema: bool = True) -> Run:
     texts = hollow_encoders(config["conditioner"])  # T5-XXL's 19 GB are not drawn at random first
     conditioner, _, _ = build_conditioner(config["conditioner"], tokenizer=files.get("tokenizer.json"), networks=texts)
     objective, _, _ = build_objective(config, build_codec(config["codec"]), conditioner, training=False)
+    build_adapters(config.get("adapters", {}), objective)
     step = load_weights(directory, objective, ema=ema)
     return Run(objective.to(device), config, step)
 

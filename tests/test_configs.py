@@ -11,7 +11,7 @@ from ldm.utils.errors import ConfigError
 
 CONFIGS = config_dir()
 GROUPS = sorted(p.name for p in CONFIGS.iterdir() if p.is_dir())
-ROOTLESS = {"experiment", "debug", "system"}
+ROOTLESS = {"experiment", "ablation", "formulation", "debug", "system"}
 NODES = sorted(p for p in CONFIGS.glob("*/*.yaml") if p.parent.name not in ROOTLESS)
 SYSTEMS = sorted(p.stem for p in (CONFIGS / "system").glob("*.yaml") if p.stem != "none")
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from ldm.adapters.control import ControlObjective
+from ldm.adapters.control_objective import ControlObjective
+from ldm.adapters.training import attach
+from ldm.conditioning.conditioner import Conditioner
 from ldm.diffusion import prediction, times, weighting
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.objective import DiffusionObjective
@@ -12,7 +14,6 @@ from ldm.models.controlnet import ControlNet
 from ldm.models.unet import UNet
 from ldm.utils.errors import DataError
 from tests.test_controlnet import FLOW, TINY, hint, inputs, joined, tiny
-from tests.test_objective import NoConditions
 
 
 def test_gradients_reach_the_zero_convolutions_first_and_then_the_copy():
@@ -50,7 +51,8 @@ def batch(step, size=16):
 
 
 def parts():
-    return {"codec": PixelCodec(), "conditioner": NoConditions(), "density": times.uniform, "weighting": weighting.unit}
+    known = {"density": times.uniform, "weighting": weighting.unit}
+    return {"codec": PixelCodec(), "conditioner": Conditioner({}), **known}
 
 
 def test_it_learns_to_obey_its_hint_and_the_base_stays():
@@ -73,8 +75,9 @@ def test_it_learns_to_obey_its_hint_and_the_base_stays():
     alone, _ = train(base, 120)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     control = ControlNet(net, hint_widths=[16])
-    denoiser = Denoiser(joined(net, control), FLOW, prediction.Flow())
+    denoiser = Denoiser(net, FLOW, prediction.Flow())
     objective = ControlObjective(denoiser, annotate=lambda images: images, **parts())
+    attach(objective, {"controlnet": control})
     steered, moving = train(objective, 80)
     assert {id(p) for p in moving} == {id(p) for p in control.parameters()}
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())

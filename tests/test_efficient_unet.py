@@ -97,7 +97,7 @@ def test_most_parameters_are_at_the_coarsest_and_little_of_the_arithmetic():
     assert parameters(net) > 1.2 * 460_997_382 and gmacs(net, 256, 77) < 0.6 * 538.96  # against IF-II-M
 
 
-@pytest.mark.parametrize("name, side", [("imagen_small_8", 8), ("imagen_sr_small", 32)])
+@pytest.mark.parametrize("name, side", [("imagen_small_16", 16), ("imagen_sr_small", 32)])
 def test_the_small_ones_cost_no_more_than_unet_small(name, side):
     assert gmacs(published(name, context_dim=64), side, 16) < 0.083  # of 8x8 latents
 
@@ -207,6 +207,16 @@ def test_starts_at_zero_and_every_parameter_gets_a_gradient(kind, super_resoluti
         outputs[-1].square().sum().backward()
         assert all(p.grad is not None and p.grad.any() and p.grad.isfinite().all() for p in net.parameters())
     assert torch.equal(*outputs) and outputs[0].shape == x.shape and kept[1] < 0.7 * kept[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("super_resolution", [False, True])
+def test_the_skip_of_the_inputs_begins_as_low_res_and_adds_both(super_resolution):
+    net, (x, t, given) = fresh(EfficientUNet, super_resolution, input_skip=True).eval(), inputs(super_resolution)
+    low_res = given["low_res"] if super_resolution else torch.zeros_like(x)
+    assert torch.equal(net(x, t, **given), low_res)
+    net.skip.bias[:3] = torch.tensor([1.0, 2.0, 3.0])
+    assert torch.allclose(net(x, t, **given), low_res + x * torch.tensor([1.0, 2.0, 3.0])[:, None, None])
 
 
 @pytest.mark.parametrize("kind, super_resolution", KINDS, ids=IDS)

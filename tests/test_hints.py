@@ -9,7 +9,7 @@ import torch
 from ldm.data import hints
 from ldm.data.scenes import SHAPES, draw
 from ldm.data.shapes import Shapes, render
-from ldm.metrics.hints import HintOverlap, overlap
+from ldm.metrics.hints import HintOverlap, Steered, overlap
 from ldm.utils.errors import ConfigError, DataError
 
 
@@ -159,14 +159,19 @@ def test_overlap_of_lines():
     assert overlap(lines[3:], lines[3:]).tolist() == [1.0]  # nothing asked for, nothing drawn
 
 
-def test_images_are_judged_by_hints_of_held_out_scenes():
-    data = Shapes(32, length=8)
-    objective = SimpleNamespace(annotate=hints.canny)
+def test_images_are_judged_by_edges_of_held_out_ones():
+    data = Shapes(32, length=32, split="held_out")
+    objective = SimpleNamespace(hints=lambda batch: hints.canny(batch["image"]))
 
     def obey(prompts, seeds, hints=None):
         assert set(prompts) == {""} and len(list(seeds)) == 16
-        scenes = draw(0, "held_out" if hints is not None else "train", range(16))
-        return render(scenes, 32)
+        return torch.stack([data[i if hints is not None else i + 1]["image"] for i in range(0, 32, 2)])
 
-    scores = HintOverlap(num_scenes=16)(obey, data, objective)
+    scores = HintOverlap(num_images=16)(obey, data, objective)
     assert scores["hint_overlap"] == 1 and scores["without_hint"] < 0.4
+
+    def two(prompts, seeds, hints=None):
+        return obey([""] * 16, range(16), hints)[::8]
+
+    images, labels = Steered(2)(two, data, objective)
+    assert labels == ["hint", "without", "with", "image"] * 2 and torch.equal(images[2], images[3])

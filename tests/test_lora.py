@@ -8,6 +8,8 @@ from ldm.adapters.base import only
 from ldm.adapters.composition import composite, switch, windowed
 from ldm.adapters.lora import Loaded, LoHa, LoKr, LoRA
 from ldm.build import compose, make
+from ldm.conditioning.clip import CLIPText
+from ldm.conditioning.memory import Memory
 from ldm.conditioning.text_transformer import TextTransformer
 from ldm.conditioning.tokenizers import train_words
 from ldm.diffusion import guidance
@@ -340,24 +342,24 @@ def test_one_adapter_is_the_same_however_composed(composed):
     denoise, adapters, alone, x = composed
     adapters[1].scale = 0
     expected = denoise(x, 0.5)
-    assert torch.equal(switch([denoise], adapters[:1], [1.0, 0.5, 0.0])(x, 0.5), expected)
-    assert close(composite([denoise], adapters[:1])(x, 0.5), expected)
-    assert torch.equal(windowed(denoise, {adapters[0]: (0.0, 1.0)})(x, 0.5), expected)
+    assert torch.equal(switch(denoise, adapters[:1], [1.0, 0.5, 0.0])(x, 0.5), expected)
+    assert close(composite(denoise, adapters[:1])(x, 0.5), expected)
+    assert torch.equal(windowed(lambda: denoise, {adapters[0]: (0.0, 1.0)})(x, 0.5), expected)
 
 
 def test_composite_is_the_mean_of_guided_scores(composed):
     denoise, adapters, alone, x = composed
     together = denoise(x, 0.5)
-    both = composite([denoise] * 2, adapters)
+    both = composite(denoise, adapters)
     assert close(both(x, 0.5), (alone[0] + alone[1]) / 2) and not close(both(x, 0.5), together, 1e-3)
-    assert close(composite([denoise] * 2, [adapters[0]] * 2)(x, 0.5), composite([denoise], adapters[:1])(x, 0.5))
+    assert close(composite(denoise, [adapters[0]] * 2)(x, 0.5), composite(denoise, adapters[:1])(x, 0.5))
     assert torch.equal(denoise(x, 0.5), together), "all act again"
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :4] = 1
-    regions = composite([denoise] * 2, adapters, weights=[mask, 1 - mask])(x, 0.5)
+    regions = composite(denoise, adapters, weights=[mask, 1 - mask])(x, 0.5)
     assert close(regions, torch.cat([alone[0][..., :4], alone[1][..., 4:]], dim=-1))
     with pytest.raises(ConfigError, match="masks must cover the image"):
-        composite([denoise] * 2, adapters, weights=[mask, 0 * mask])
+        composite(denoise, adapters, weights=[mask, 0 * mask])
 
 
 def test_switch_takes_turns_by_step(composed):
@@ -369,7 +371,7 @@ def test_switch_takes_turns_by_step(composed):
         return x
 
     times = torch.linspace(1, 0, 13).tolist()
-    turns = switch([denoise] * 2, adapters, times, every=3)
+    turns = switch(denoise, adapters, times, every=3)
     for t in times[:-1]:
         turns(x, t)
     assert trace == [int((n - 1) % 6 / 3) for n in range(1, 13)]  # Eq. (4)
@@ -378,13 +380,42 @@ def test_switch_takes_turns_by_step(composed):
     assert all(adapter.active for adapter in adapters)
 
 
+@pytest.mark.parametrize("decompose", [False, True], ids=["lora", "dora"])
+@torch.no_grad()
+def test_what_a_text_encoder_has_read_is_read_again_at_another_scale(decompose):
+    torch.manual_seed(0)
+    net, memory = CLIPText(64, 1, 1, "gelu", vocab_size=9).eval(), Memory()
+    adapter = LoRA(2, text_targets="q_proj|fc1", decompose=decompose)
+    adapter.inject({"clip_l": net})
+    trained(adapter)
+
+    def recalled():
+        return memory.recall(net, [(1, 2), (3, 4)], lambda ids: {"context": net(torch.tensor(ids))})["context"]
+
+    for scale in (1.0, 0.5, 0.0):
+        adapter.scale = scale
+        assert torch.equal(recalled(), net(torch.tensor([(1, 2), (3, 4)])))
+    plain = recalled()
+    adapter.scale = 1.0
+    assert not close(recalled(), plain, 1e-2)
+
+
 def test_windows_open_and_close(composed):
     denoise, adapters, alone, x = composed
-    inside = windowed(denoise, {adapters[0]: (0.4, 1.0), adapters[1]: (0.0, 0.4)})
+    made = []
+
+    def make():  # encodes prompts, in the hands of whichever act
+        made.append([adapter.active for adapter in adapters])
+        return denoise
+
+    inside = windowed(make, {adapters[0]: (0.0, 0.6), adapters[1]: (0.6, 1.0)})
     assert torch.equal(inside(x, 0.5), alone[0])
-    assert not close(inside(x, 0.3), inside(x, 0.5), 1e-2)
+    assert not close(inside(x, 0.4), inside(x, 0.5), 1e-2), "a window's end is not in it, its start is"
+    assert torch.equal(inside(x, 0.5), alone[0]) and made == [[True, False], [False, True]], "once for each set"
+    with only(adapters, adapters[1]):
+        assert not made[2:] and not close(inside(x, 0.5), alone[0], 1e-2) and made[2:] == [[False, False]]
     with pytest.raises(ConfigError, match="window"):
-        windowed(denoise, {adapters[0]: (0.7, 0.2)})
+        windowed(make, {adapters[0]: (0.7, 0.2)})
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------

@@ -319,7 +319,8 @@ REFUSED = {
     "not finite": (lora(kohya(Q), draw(3, 64) * float("nan"), draw(64, 3)), "down is not of finite floating-point"),
     "whole numbers": (lora(kohya(Q), torch.ones(3, 64, dtype=torch.int8), draw(64, 3)), "not of finite floating-point"),
     "another kernel": (lora(kohya(CONV), draw(3, 64, 1, 1), draw(64, 3, 1, 1)), "do not make a change of a weight"),
-    "nothing": ({}, "holds no adapter"),
+    "nothing": ({}, "an empty file; expected a LoRA"),
+    "no adapter": ({"input_blocks.0.0.weight": draw(2), "out.2.bias": draw(2)}, "nothing known: 2 .*; expected a LoRA"),
     "lengths that do not fit": (
         lora(kohya(Q), *factors()) | {kohya(Q) + ".dora_scale": torch.ones(7)},
         r"dora_scale \(7,\), .* which do not make",

@@ -259,7 +259,7 @@ def bad_file(tmp_path, kind) -> Path:
     "kind, words",
     {
         "lora": "a LoRA",
-        "controlnet": "a ControlNet",
+        "controlnet": "describes no controlnet",
         "unknown": "nothing known",
         "empty": "an empty file",
         "missing": "out.2.bias",

@@ -26,6 +26,8 @@ class Placed(nn.Module):
         super().__init__()
         self.block = block
         self.change = change
+        # What acts, as a value: by it those who remember what a network gave (`conditioning.memory`) see it change.
+        self.register_buffer("strength", torch.zeros(()), persistent=False)
 
     def add_to(self, total: Tensor, weight: Tensor, strength: float) -> None:
         """What it makes of `weight`, added in place."""
@@ -189,6 +191,9 @@ class Adapted(nn.Module):
         """What `forward` goes by. A product stays when its strengths are zero: a value, not another program."""
         rest = self._unmerged()
         self.live = {name: rest[name] for name in self.placed if rest.get(name)}
+        for name, parts in self.placed.items():
+            for part in parts:
+                part.strength.fill_(self.live.get(name, 0.0))
         self.acting = [product for product in self._all_products() if not product.adapters.isdisjoint(rest)]
         for product in self.acting:
             product.set(rest)

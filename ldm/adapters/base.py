@@ -17,6 +17,7 @@ from torch import nn
 from ldm.utils.errors import ConfigError
 
 Networks = Mapping[str, nn.Module]
+SLACK = 1e-4  # of a time: a step that begins where a window does is in it, however its time was rounded
 
 
 class Adapter(ABC):
@@ -89,6 +90,20 @@ def check_scale(name: str, scale: float) -> float:
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ConfigError(f"adapter {name}: scale={scale}, expected a finite number such as 0.8")
     return float(scale)
+
+
+def check_window(name: str, window: Sequence[float]) -> tuple[float, float]:
+    """(start, end): the share of the schedule in which something acts, 0 the first step."""
+    numbers = isinstance(window, Sequence) and len(window) == 2 and all(isinstance(w, int | float) for w in window)
+    if not numbers or not 0 <= window[0] < window[1] <= 1:
+        raise ConfigError(f"{name}: window={window}, expected [start, end] with 0 <= start < end <= 1")
+    return float(window[0]), float(window[1])
+
+
+def within(window: Sequence[float], t: float) -> bool:
+    """Whether a step that begins at time t, which falls from 1 to 0, is in a window; the end is not."""
+    start, end = window
+    return start <= 1 - t + SLACK and (end == 1 or 1 - t + SLACK < end)
 
 
 @contextmanager

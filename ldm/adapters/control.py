@@ -9,23 +9,23 @@ A network that steers (`ldm.models.controlnet`, `ldm.models.t2i_adapter`) has `e
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from ldm.adapters.base import check_scale
-from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.objective import DiffusionObjective
+from ldm.adapters.base import SLACK, check_scale, check_window
 from ldm.diffusion.process import Process
 from ldm.models.controlnet import ControlNet
+from ldm.models.controlnet_transformer import ControlNetTransformer
+from ldm.models.dit import DiT
+from ldm.models.pixart import PixArt
 from ldm.models.t2i_adapter import T2IAdapter
 from ldm.models.unet import UNet
 from ldm.utils.errors import ConfigError, DataError
-from ldm.utils.seeding import Noise
 
-SLACK = 1e-4  # of a time: a step that begins where a window does is in it, however its time was rounded
+Steering = ControlNet | ControlNetTransformer | T2IAdapter
 
 
 class Control(nn.Module):
@@ -39,7 +39,7 @@ class Control(nn.Module):
 
     def __init__(
         self,
-        network: ControlNet | T2IAdapter,
+        network: Steering,
         *,
         scale: float = 1.0,
         window: Sequence[float] = (0.0, 1.0),
@@ -47,13 +47,10 @@ class Control(nn.Module):
         decay: float = 0.825,
     ):
         super().__init__()
-        start, end = window
-        if not 0 <= start < end <= 1:
-            raise ConfigError(f"window={list(window)}: expected [start, end] with 0 <= start < end <= 1")
         if guess and not isinstance(network, ControlNet):
             raise ConfigError(f"guess=true is a way to use a ControlNet, not a {type(network).__name__}; leave it out")
         self.network = network
-        self.window = start, end
+        self.window = check_window("control", window)
         self.only_cond = guess or network.global_pool
         falling = decay if guess and not network.global_pool else 1.0
         last = len(network.widths) - 1
@@ -142,16 +139,30 @@ def net_times(window: Sequence[float], process: Process) -> tuple[float, float, 
     return sign, low, high
 
 
-def check_base(network: ControlNet | T2IAdapter, net: nn.Module) -> None:
+def check_base(network: Steering, net: nn.Module) -> None:
     """ConfigError unless what the network adds has the widths of the base's slots."""
     name = type(network).__name__
-    if not isinstance(net, UNet):
-        raise ConfigError(f"a {name} steers a UNet, the base is a {type(net).__name__}")
-    skips = net.encoder.skip_channels
-    levels = [level.blocks[-1].res.norm2.num_channels for level in net.encoder.levels]
-    fitting = {"residuals": ([*skips, skips[-1]],), "features": (levels, [*levels, levels[-1]])}[network.slot]
+    steered = DiT | PixArt if isinstance(network, ControlNetTransformer) else UNet
+    if not isinstance(net, steered):
+        kind = "UNet" if steered is UNet else "DiT or a PixArt"
+        raise ConfigError(f"a {name} steers a {kind}, the base is a {type(net).__name__}")
+    if isinstance(network, ControlNet) and network.context_dim != net.context_dim:
+        wide, read = network.context_dim, net.context_dim
+        raise ConfigError(f"this {name} is for another base: it reads text of width {wide}, the base {read}")
+    if isinstance(network, ControlNetTransformer):
+        every = [net.patch_embed.out_channels] * len(net.blocks)
+        fitting = (every[: len(network.widths)],)
+    else:
+        fitting = slots_of(net)[network.slot]
     if network.widths not in fitting:
         raise ConfigError(f"this {name} is for another base: it adds {network.widths} channels, expected {fitting[0]}")
+
+
+def slots_of(net: UNet) -> dict[str, tuple[list[int], ...]]:
+    """Channels that may be added in each slot."""
+    skips = net.encoder.skip_channels
+    levels = [level.blocks[-1].res.norm2.num_channels for level in net.encoder.levels]
+    return {"residuals": ([*skips, skips[-1]],), "features": (levels, [*levels, levels[-1]])}
 
 
 def read_hint(hint: Tensor, channels: int, size: Sequence[int]) -> Tensor:
@@ -173,40 +184,3 @@ def read_hint(hint: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     if hint.shape[1] not in (1, channels):
         raise DataError(f"the hint has {hint.shape[1]} channels, this network reads {channels}")
     return hint.float().expand(-1, channels, -1, -1)
-
-
-class ControlObjective(DiffusionObjective):
-    """Eq. (5), arXiv:2302.05543: the loss of the base, which is frozen, moves its one control alone.
-
-    batch: as `DiffusionObjective`, and "hint" (B C H W); in training one that is not there is made of the image:
-    annotate(images) -> hints, `ldm.data.hints`. When sampling, no hint means the base alone. That half of the prompts
-    is dropped, as the paper has it, so that the hint alone must do, is set at the conditioner: dropout=0.5.
-    """
-
-    def __init__(
-        self,
-        denoiser: Denoiser,  # of a `Controlled` network
-        codec: nn.Module,
-        conditioner: nn.Module,
-        density: Callable[..., Tensor],
-        weighting: Callable[..., Tensor],
-        annotate: Callable[[Tensor], Tensor],
-        *,
-        seed: int = 0,
-        stratified: bool = True,
-        offset_noise: float = 0.0,
-    ):
-        super().__init__(denoiser, codec, conditioner, density, weighting,
-                         seed=seed, stratified=stratified, offset_noise=offset_noise)  # fmt: skip
-        denoiser.net.net.requires_grad_(False)
-        conditioner.requires_grad_(False)
-        self.annotate = annotate
-
-    def image_conditions(self, batch: dict, shape: Sequence[int], generator: Noise | None) -> dict:
-        size = [side * self.codec.downsample for side in shape[2:]]
-        hint = batch.get("hint")
-        if hint is None and "position" in batch:  # training
-            if "image" not in batch:
-                raise DataError("hints are made of the images, and the data has only latents: switch their cache off")
-            hint = self.annotate(batch["image"])
-        return {} if hint is None else self.denoiser.net.conditions([hint], size, shape[0])[0]

@@ -22,11 +22,13 @@ from ldm.adapters.base import Networks
 from ldm.adapters.lora_kinds import Change, DoRA, LowRank, Tensors, read
 from ldm.adapters.lora_names import Site, adaptable, index, prefixes, sites
 from ldm.io.folders import appearing
-from ldm.io.tensors import read_header, read_tensors, write_tensors
+from ldm.io.stored import Stored, index_tensors
+from ldm.io.tensors import read_header, write_tensors
 from ldm.io.text import parse_json, read_config, write_json
 from ldm.utils.errors import ConfigError, DataError, WeightsError
-from ldm.weights.detect import FAMILIES
+from ldm.weights.detect import FAMILIES, looks_like
 from ldm.weights.ledger import listing
+from ldm.weights.sources import shapes_of
 
 Config = dict[str, Any]
 
@@ -62,18 +64,19 @@ DIFFUSERS_CONFIG = "lora_adapter_metadata"  # in the header
 def read_lora(path: Path, networks: Networks) -> dict[Site, Change]:
     """What a file, or the folder of one, changes in these networks, every key accounted for. Raises WeightsError."""
     file = _file(path)
-    modules, unknown = split_keys(read_tensors(file))
+    stored = index_tensors(file)
+    modules, unknown = split_keys(stored)
+    if not modules:
+        raise WeightsError(f"{path}: {looks_like(shapes_of(stored))}; expected a LoRA or one of its kin")
     known = index(networks)
     _check_family(path, modules, known, networks)
     strange = [f"{stem}.{next(iter(modules[stem]))}" for stem in sorted(modules.keys() - known.keys())]
     if unknown or strange:
         raise WeightsError(f"{path}: keys that match nothing in this base: {listing(unknown + strange)}")
-    if not modules:
-        raise WeightsError(f"{path}: holds no adapter")
     configs, blocks = _configs(file), _blocks(networks)
     changes: dict[Site, Change] = {}
-    for stem, tensors in modules.items():
-        site = known[stem]
+    for stem, found in modules.items():
+        site, tensors = known[stem], {kind: tensor.read() for kind, tensor in found.items()}
         change = _change(path, stem, tensors, site, networks, _config_of(stem, configs))
         parts = {site: change}
         if isinstance(change, LowRank) and len(own := blocks[site.slot, site.path]) > site.block.count:
@@ -92,9 +95,9 @@ def _blocks(networks: Networks) -> dict[tuple[str, str], list[Site]]:
     return found
 
 
-def split_keys(tensors: Tensors) -> tuple[dict[str, Tensors], list[str]]:
+def split_keys(tensors: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Tensors by stem and by kind, and the keys of no known kind."""
-    modules: dict[str, Tensors] = defaultdict(dict)
+    modules: dict[str, dict[str, Any]] = defaultdict(dict)
     unknown = []
     for key, tensor in tensors.items():
         spelled = key
@@ -123,7 +126,9 @@ def _change(path: Path, stem: str, tensors: Tensors, site: Site, networks: Netwo
     return change
 
 
-def _check_family(path: Path, modules: Mapping[str, Tensors], known: Mapping[str, Site], networks: Networks) -> None:
+def _check_family(
+    path: Path, modules: Mapping[str, dict[str, Stored]], known: Mapping[str, Site], networks: Networks
+) -> None:
     """The width of the text tells the families of Stable Diffusion apart."""
     widths = [set(), set()]
     for stem, tensors in modules.items():

@@ -86,7 +86,7 @@ def _(dataset: Subset, items: Tensor) -> dict[str, Any]:
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Items as one batch: images and other tensors stacked, numbers in a tensor, captions in a list."""
+    """Items as one batch: images and other tensors stacked, numbers in a tensor, captions and scenes in a list."""
     return {name: column([item[name] for item in items]) for name in items[0]}
 
 
@@ -94,7 +94,7 @@ def column(values: list) -> Any:
     """What a batch holds of the values of its items."""
     if isinstance(values[0], Tensor):
         return torch.stack(values)
-    return values if isinstance(values[0], str) else torch.tensor(values)
+    return values if isinstance(values[0], str | tuple) else torch.tensor(values)
 
 
 class Order:

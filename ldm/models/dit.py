@@ -14,7 +14,9 @@
 Names of conditions and shapes: B batch, C H W, p patch, N = H W / p^2 tokens, L text length, D width.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.nn.attention import CrossAttention, SelfAttention
-from ldm.nn.checks import check_condition, check_context, check_labels, check_sizes
+from ldm.nn.checks import check_condition, check_context, check_labels, check_residuals, check_sizes
 from ldm.nn.convolution import zero_init
 from ldm.nn.embeddings import PatchEmbed, position_table, sinusoid, unpatchify
 from ldm.nn.feedforward import MLP
@@ -276,14 +278,35 @@ class DiT(nn.Module):
         labels: Tensor | None = None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
+        residuals: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Errors: ConfigError for a condition that the network was not built for, or an x that does not fit."""
+        """residuals: added to what the first blocks give, one each (B N D).
+
+        Errors: ConfigError for a condition that the network was not built for, or an x that does not fit.
+        """
+        check_residuals("DiT", residuals, len(self.blocks))
         p, recompute = self.patch_size, self.checkpointing and torch.is_grad_enabled()
         grid = x.shape[2] // p, x.shape[3] // p
+        h, c, _ = self.enter(x, t, labels=labels, context=context, context_mask=context_mask)
+        for block, residual in zip_longest(self.blocks, residuals):
+            h = checkpoint(block, h, *c, use_reentrant=False) if recompute else block(h, *c)
+            h = h if residual is None else h + residual
+        return unpatchify(self.final(h[:, : grid[0] * grid[1]], *c), grid, p)  # B C H W
+
+    def enter(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        labels: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> tuple[Tensor, tuple, tuple]:
+        """What the first block reads (B N D), what every block is given besides, and what the last layer is."""
+        grid = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         tokens = self.patch_embed(x)  # B N D
-        positions = position_table(grid, tokens.shape[2], base=self.sample_size // p, device=x.device)  # N D
+        base = self.sample_size // self.patch_size
+        positions = position_table(grid, tokens.shape[2], base=base, device=x.device)  # N D
         given = self.embed(t, labels, context, context_mask, x.dtype)
         h, c = self.begin((tokens + positions).to(x.dtype), given)  # the dtype is x's also under autocast
-        for block in self.blocks:
-            h = checkpoint(block, h, *c, use_reentrant=False) if recompute else block(h, *c)
-        return unpatchify(self.final(h[:, : tokens.shape[1]], *c), grid, p)  # B C H W
+        return h, c, c

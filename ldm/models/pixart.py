@@ -17,6 +17,7 @@ Names of conditions and shapes: B batch, C H W, p patch, h w = H / p, W / p, N =
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.nn.attention import CrossAttention, SelfAttention, attention
-from ldm.nn.checks import check_condition, check_context, check_sizes
+from ldm.nn.checks import check_condition, check_context, check_residuals, check_sizes
 from ldm.nn.convolution import zero_init
 from ldm.nn.embeddings import PatchEmbed, position_table, sinusoid, unpatchify
 from ldm.nn.feedforward import MLP
@@ -245,18 +246,34 @@ class PixArt(nn.Module):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         size: Tensor | None = None,
+        residuals: Sequence[Tensor] = (),
     ) -> Tensor:
-        """size (B 3): height and width in pixels, height / width. Errors: ConfigError for what does not fit."""
-        check_context("PixArt", context, context_mask, self.context_dim)
+        """size (B 3): height and width in pixels, height / width. residuals: added to what the first blocks give, one
+        each (B N D): arXiv:2401.05252, §3.3. Errors: ConfigError for what does not fit."""
+        check_residuals("PixArt", residuals, len(self.blocks))
         p, recompute = self.patch_size, self.checkpointing and torch.is_grad_enabled()
-        grid = x.shape[2] // p, x.shape[3] // p
+        h, given, ending = self.enter(x, t, context=context, context_mask=context_mask, size=size)
+        for block, residual in zip_longest(self.blocks, residuals):
+            h = checkpoint(block, h, *given, use_reentrant=False) if recompute else block(h, *given)
+            h = h if residual is None else h + residual
+        return unpatchify(self.final(h, *ending), (x.shape[2] // p, x.shape[3] // p), p)  # B C H W
+
+    def enter(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        size: Tensor | None = None,
+    ) -> tuple[Tensor, tuple, tuple]:
+        """What the first block reads (B N D), what every block is given besides, and what the last layer is."""
+        check_context("PixArt", context, context_mask, self.context_dim)
+        grid = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         h = (self.patch_embed(x) + self.positions(grid, x.device)).to(x.dtype)  # B N D
         text = self.text_mlp(context.to(x.dtype))  # B L D
         c, c_final = self.modulation(self.embed(t, size, x.dtype))
-        for block in self.blocks:
-            given = h, c, text, context_mask, grid
-            h = checkpoint(block, *given, use_reentrant=False) if recompute else block(*given)
-        return unpatchify(self.final(h, c_final), grid, p)  # B C H W
+        return h, (c, text, context_mask, grid), (c_final,)
 
     def positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         """(N D): of this input's own grid, since images of every shape are trained together."""

@@ -75,13 +75,17 @@ def save(
 
 
 def tensors(objective: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(trained, frozen) by canonical name: parameters once each even where tied; stored buffers count as trained."""
+    """(trained, frozen) by canonical name: parameters once each even where tied; stored buffers as their module is."""
     stored = {canonical(name) for name in objective.state_dict()}
     trained, frozen = {}, {}
     for name, p in objective.named_parameters():
         (trained if p.requires_grad else frozen)[canonical(name)] = p.detach()
-    buffers = {canonical(name): b for name, b in objective.named_buffers()}
-    return trained | {name: b for name, b in buffers.items() if name in stored}, frozen
+    for prefix, module in objective.named_modules():
+        rests = any(True for _ in module.parameters()) and not any(p.requires_grad for p in module.parameters())
+        for key, b in module.named_buffers(prefix, recurse=False):
+            if canonical(key) in stored:
+                (frozen if rests else trained)[canonical(key)] = b
+    return trained, frozen
 
 
 def _digest(frozen: Mapping[str, Tensor]) -> str:

@@ -72,12 +72,19 @@ def prepare(objective: nn.Module, network: nn.Module, trainer: Trainer, device: 
     layout = torch.channels_last if trainer.channels_last else torch.preserve_format
     objective.to(device, memory_format=layout)
     objective.train()
-    for module in objective.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
-            module.eval()  # frozen encoders without their dropout
+    rest(objective)
     if trainer.compile:
         network.compile()
+
+
+def rest(module: nn.Module) -> None:
+    """Evaluation mode for what is not trained: no dropout in frozen encoders, nor in a base between its adapters."""
+    trained = [p.requires_grad for p in module.parameters()]
+    if not any(trained):
+        module.eval()
+    elif not all(trained):
+        for child in module.children():
+            rest(child)
 
 
 def fit(

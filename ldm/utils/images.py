@@ -37,6 +37,22 @@ def labelled_grid(images: Tensor, labels: Sequence[str], columns: int | None = N
     return make_grid(torch.cat([images, strips], dim=2), columns, padding=8)
 
 
+def axes_grid(images: Tensor, rows: Sequence[str], columns: Sequence[str]) -> Tensor:
+    """Images uint8 (R C 3 H W) with a name left of each row and above each column: uint8 (3, H', W')."""
+    factor = max(1, math.ceil(MIN_CELL / images.shape[-1]))
+    images = images.cpu().repeat_interleave(factor, dim=3).repeat_interleave(factor, dim=4)
+    height, width = images.shape[-2:]
+    heads = _label_strips(columns, width)  # C 3 h W
+    names = torch.full((len(rows), 3, height, width), 255, dtype=torch.uint8)
+    strips = _label_strips(rows, width)[:, :, :height]
+    top = (height - strips.shape[2]) // 2
+    names[:, :, top : top + strips.shape[2]] = strips
+    corner = torch.full_like(heads[:1], 255)
+    head = make_grid(torch.cat([corner, heads]), len(columns) + 1, padding=4)
+    cells = torch.cat([names[:, None], images], dim=1).flatten(0, 1)
+    return torch.cat([head, make_grid(cells, len(columns) + 1, padding=4)], dim=1)
+
+
 def _label_strips(labels: Sequence[str], width: int) -> Tensor:
     """White strips with centred text, just high enough for the longest label: uint8 (B, 3, h, width)."""
     from PIL import Image, ImageDraw, ImageFont  # only here: torch is enough for everything else

@@ -36,10 +36,10 @@ def pixart(system):
     return randomised(model, seed=len(system))
 
 
-def text_encoder():
+def text_encoder(width=TEXT_WIDTH):
     config = transformers.T5Config(
         vocab_size=len(toy_vocabulary()) + len(GAPS),
-        d_model=TEXT_WIDTH,
+        d_model=width,
         num_layers=2,
         num_heads=4,
         d_kv=8,
