@@ -146,7 +146,8 @@ def gmac(net: nn.Module, *inputs: Tensor, **conditions: Tensor) -> dict[str, flo
 
     On the meta device: what runs on a processor, such as oneDNN's products, is not seen.
     """
-    net = copy.deepcopy(net).to("meta")
+    if not next(net.parameters()).is_meta:
+        net = copy.deepcopy(net).to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(*(x.to("meta") for x in inputs), **{name: x.to("meta") for name, x in conditions.items()})
     return {name: sum(counts.values()) / 2e9 for name, counts in counter.get_flop_counts().items()}

@@ -3,15 +3,20 @@
 import json
 import re
 import sys
+from functools import cache
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import hydra
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import train
-from ldm.build import compose, config_dir
+from ldm.build import compose, config_dir, make, plain
+from ldm.data.shapes import Shapes
+from ldm.metrics.brightness import Brightness, brightness
 from ldm.tools.claims import Claim
 from ldm.tools.report import main as report
 
@@ -29,17 +34,22 @@ def command(*arguments: str) -> None:
         sys.argv = argv
 
 
-def swept(name: str, scale: str) -> dict[str, list[str]]:
-    """The settings that an ablation sweeps over, and their values."""
+@cache
+def composed(name: str, scale: str = "toy") -> tuple[dict, dict[str, list[str]]]:
+    """The config of an ablation; and the settings that it sweeps over, with their values."""
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = hydra.compose("train", [f"ablation={name}", f"scale={scale}"], return_hydra_config=True)
-        assert cfg.hydra.mode.name == "MULTIRUN"
-        return {key: SINGLE.split(str(value)) for key, value in cfg.hydra.sweeper.params.items()}
+    params = cfg.hydra.sweeper.params or {}
+    swept = {key: SINGLE.split(str(value)) for key, value in params.items()}
+    assert cfg.hydra.mode is None or cfg.hydra.mode.name == "MULTIRUN"
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    return plain(cfg), swept
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_claims_name_arms_that_are_run(name):
-    params, cfg = swept(name, "toy"), compose("train", [f"ablation={name}"])
+    cfg, params = composed(name)
     claim = Claim(cfg["claim"], [])
     assert {"paper", "says", "arms", "metric", "better", "orders"} == set(claim.node)
     assert "arXiv:" in claim.node["paper"] and len(params["seed"]) >= 3
@@ -57,22 +67,40 @@ def test_claims_name_arms_that_are_run(name):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_ablation_composes_at_every_scale(name, scale):
-    cfg = compose("train", [f"ablation={name}", f"scale={scale}"])
-    assert set(cfg) == set(compose_once()), "an ablation adds no key"
+    cfg, params = composed(name, scale)
+    assert set(cfg) == set(composed("none")[0]), "an ablation adds no key"
     assert cfg["name"] == name and cfg["trainer"]["steps"] in [v for k, v in cfg["scale"].items() if "steps" in k]
-
-
-def compose_once(known: dict = {}) -> dict:  # noqa: B006  one composition for all tests
-    return known or known.update(compose("train")) or known
+    assert params and not any("$" in value for values in params.values() for value in values)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ablations_begin_with_a_header(name):
     text = (config_dir() / "ablation" / f"{name}.yaml").read_text()
     header = text.partition("defaults:")[0]
-    assert (
-        text.startswith("# @package _global_") and "arXiv:" in header and f"python train.py ablation={name}" in header
-    )
+    assert text.startswith("# @package _global_") and "arXiv:" in header
+    assert f"python train.py ablation={name}" in header
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (config_dir() / "formulation").glob("*.yaml")))
+def test_formulations_are_of_parts_that_fit(name):
+    cfg = compose("train", [f"formulation={name}"])
+    assert set(cfg) == set(composed("none")[0])
+    process = make(cfg["process"])
+    prediction = make(cfg["prediction"], process=process)
+    alpha, sigma = (torch.as_tensor(a).double() for a in process(0.5))
+    x0, eps = torch.randn(2, 1, 3, 8, 8, dtype=torch.float64)
+    rebuilt = prediction.to_x0(prediction.target(x0, eps, alpha, sigma), alpha * x0 + sigma * eps, alpha, sigma)
+    torch.testing.assert_close(rebuilt, x0, rtol=1e-6, atol=1e-6)
+
+
+def test_brightness_is_a_distance_of_mean_intensities():
+    data = Shapes(image_size=16, split="held_out", length=32)
+    real = torch.stack([data[i]["image"] for i in range(32)])
+    objective = SimpleNamespace(conditioner=SimpleNamespace(fields=set()))
+    measure = Brightness(num_images=32)
+    assert measure(lambda prompts, seeds: real.flip(0), data, objective)["brightness_gap"] < 1e-12
+    found = measure(lambda prompts, seeds: torch.zeros_like(real), data, objective)
+    assert found["brightness"] == -1 and found["brightness_gap"] == pytest.approx(brightness(real).mean().item() + 1)
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +121,15 @@ def features(tmp_path_factory) -> Path:
         ("imagen_threshold", "guidance.scale=5"),
     ],
 )
-def test_an_ablation_runs_and_is_judged(name, fewer, features, tmp_path, capsys):
+def test_an_ablation_runs_and_is_judged(name, fewer, features, tmp_path):
     command(f"ablation={name}", "scale=smoke", "seed=0", fewer, "preview=none", f"features.run={features}",
             "features.cache=null", "features.device=cpu", f"hydra.sweep.dir={tmp_path}")  # fmt: skip
     assert report([str(tmp_path)]) == 0
-    table = (tmp_path / "report.md").read_text()
-    claim = compose("train", [f"ablation={name}", "scale=smoke"])["claim"]
+    table, claim = (tmp_path / "report.md").read_text(), composed(name, "smoke")[0]["claim"]
     assert f"## {claim['paper']}" in table and claim["says"] in table
-    assert "of one seed" in table, "with one seed nothing is decided"
-    if name == "zero_terminal_snr":
-        assert "no run is of arm scaled_linear/trailing; there are zero_snr" in table
-        summary = json.loads((tmp_path / "0" / "summary.json").read_text())["metrics"]
-        assert summary["trailing/brightness_gap"] > 0 and "leading5/frechet_distance" in summary
+    if name != "zero_terminal_snr":
+        assert "of one seed" in table, "with one seed nothing is decided"
+        return
+    assert "no run is of arm scaled_linear/trailing; there are zero_snr" in table
+    summary = json.loads((tmp_path / "0" / "summary.json").read_text())["metrics"]
+    assert summary["trailing/brightness_gap"] > 0 and "leading5/frechet_distance" in summary

@@ -215,8 +215,8 @@ def test_the_command_judges_every_stage(runs, tmp_path, capsys):
     """On the same prompts: the first stage's images are those of stage 1 drawn alone, and each is drawn once."""
     lines = ["metrics=[shapes,saturation]", "num_images=3", "prompts=[]"]
     cfg, given = command(runs, *lines)
-    measure_cascade(cfg, [line for line in given if "prompts=[a" not in line], tmp_path)
-    numbers = read_json(tmp_path / "metrics.json")["numbers"]
+    measure_cascade(cfg, [line for line in given if "prompts=[a" not in line], tmp_path / "out")
+    numbers = read_json(tmp_path / "out" / "metrics.json")["numbers"]
     printed = capsys.readouterr().out
     assert printed.count("stage 2 of 3") == 1 and "stage_3/prompt_accuracy 0" in printed
     base = Stage.of_run(runs / "base", steps=2, guidance=5.0, threshold="none")

@@ -15,7 +15,7 @@ ROOTLESS = {"experiment", "ablation", "formulation", "debug", "system"}
 NODES = sorted(p for p in CONFIGS.glob("*/*.yaml") if p.parent.name not in ROOTLESS)
 SYSTEMS = sorted(p.stem for p in (CONFIGS / "system").glob("*.yaml") if p.stem != "none")
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
-WIRED = {"run", "experiment", "overrides", "autoencoder"}  # keys the wiring takes out of a node before building it
+WIRED = {"run", "experiment", "overrides", "autoencoder", "shared"}  # keys the wiring takes out of a node first
 
 
 def root_of(group: str) -> str:

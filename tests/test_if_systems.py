@@ -311,7 +311,7 @@ def test_respacings():
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, size", [("if_i_m", 8), ("if_ii_m", 16)])
+@pytest.mark.parametrize("name, size", [("if_i_m", 16), ("if_ii_m", 16)])
 def test_it_learns_with_its_variance(saved, tmp_path, name, size):
     lines = [f"system={name}", f"weights={saved / name}", f"text_encoder={saved / 't5'}", f"image_size={size}"]
     tiny = ["trainer.steps=2", "trainer.batch_size=2", "trainer.log_every=1", "preview=none", "metrics=none",

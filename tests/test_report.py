@@ -2,14 +2,17 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 from ldm.io.images import read_image, write_png
+from ldm.tools.claims import claims
 from ldm.tools.report import main
 from ldm.tools.runs import find_runs
 from ldm.tools.table import differing, group
@@ -111,6 +114,128 @@ def test_plot_is_written_or_its_absence_explained(sweep, capsys, monkeypatch):
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
     assert main([str(sweep)]) == 0 and read_image(sweep / "report.png").shape[0] == 3
+
+
+CLAIM = {
+    "paper": "arXiv:0000.00000, Table 1",
+    "says": "a is best",
+    "arms": ["network"],
+    "metric": "fd",
+    "better": "lower",
+    "orders": [
+        "a > b",
+        "b > a",
+        "b > c",
+        "a > b > c",
+        "b = c",
+        "a = b",
+        "a > d",
+        {"order": "a/few > a/many", "metric": "fd"},
+        {"order": "a > b", "metric": "few/fd", "better": "higher"},
+        {"order": "a > b", "metric": "absent"},
+    ],
+}
+
+
+@pytest.fixture
+def ablation(tmp_path):
+    """Arms a, b, c with three seeds: a is about 1 better than b with every seed, c is on both sides of b."""
+    for arm, values in {"a": (1.0, 3.0, 5.0), "b": (2.0, 4.1, 6.0), "c": (2.5, 3.5, 6.2)}.items():
+        for seed, value in enumerate(values):
+            path = tmp_path / "sweep" / f"{arm}{seed}"
+            config = {"seed": seed, "image_size": 16, "data": {"seed": 0}, "claim": CLAIM}
+            make_run(path, config, [f"network={arm}", f"seed={seed}"], accuracy=0.5)
+            metrics = {"fd": value, "few/fd": value + 1, "many/fd": value + 2, "part": 1.0, "part_1": 2.0}
+            (path / "summary.json").write_text(json.dumps({"metrics": metrics, "parameters": 10}))
+    return tmp_path / "sweep"
+
+
+def test_verdicts_weigh_the_gap_against_the_spread_over_seeds(ablation):
+    (claim,) = claims(find_runs([ablation]))
+    words = [verdict.text for verdict in claim.verdicts()]
+    assert words[:6] == ["agrees", "disagrees", "undecided", "undecided", "agrees", "disagrees"]
+    assert words[6:] == ["not judged", "agrees", "disagrees", "not judged"]
+    reasons = [verdict.reason for verdict in claim.verdicts()]
+    assert reasons[0] == "a 3, b 4.033; gap +1, seeds' spread 0.1"
+    assert reasons[6] == "no run is of arm d; there are a, b, c"
+    assert reasons[9] == "no finished run of arm a has the metric absent"
+
+
+def test_without_common_seeds_the_spread_is_that_of_the_values(ablation):
+    config = ablation / "b2" / "config.yaml"
+    config.write_text(config.read_text().replace('"seed": 2', '"seed": 9'))
+    (claim,) = claims(find_runs([ablation]))
+    assert claim.verdicts()[0].reason == "a 3, b 4.033; gap +1, seeds' spread 4"
+    for seed in "12":
+        (ablation / f"a{seed}" / "summary.json").unlink()
+    assert claims(find_runs([ablation]))[0].verdicts()[0].reason.endswith("of one seed")
+
+
+def test_mixed_image_sizes_are_not_judged(ablation):
+    config = ablation / "a0" / "config.yaml"
+    config.write_text(config.read_text().replace('"image_size": 16', '"image_size": 32'))
+    (claim,) = claims(find_runs([ablation]))
+    assert {verdict.text for verdict in claim.verdicts()} == {"not judged"}
+    assert claim.verdicts()[0].reason == "runs of image_size 16 and 32 are mixed; report one size at a time"
+
+
+def test_the_report_of_an_ablation(ablation):
+    assert main([str(ablation)]) == 0
+    text, html = ((ablation / f"report.{kind}").read_text() for kind in ("md", "html"))
+    assert "## arXiv:0000.00000, Table 1" in text and "a is best." in text
+    assert "| network | runs | fd" in text and "data.seed" not in text and "part_1" not in text
+    assert re.search(r"\| b +\| few +\| 5.033 \[3, 7\] ", text)
+    assert re.search(r"\| b > a +\| fd +\| disagrees ", text)
+    assert '<td class="disagrees">disagrees</td>' in html and "http" not in html
+    assert html.count('src="data:image/png;base64,') == text.count("![") > 0
+    assert "part_1_max" in (ablation / "report.csv").read_text()
+
+
+def make_images(path: Path, settings: dict, size: int = 8, numbers: dict | None = None):
+    """A folder as sample.py leaves it, of two prompts with one seed."""
+    path.mkdir(parents=True)
+    records = []
+    for number, prompt in enumerate(("a red circle", "a blue square")):
+        write_png(path / f"{number:04d}.png", torch.full((3, size, size), 40 * number, dtype=torch.uint8))
+        records.append({"file": f"{number:04d}.png", "prompt": prompt, "seed": 3, "run": "r", **settings})
+    (path / "samples.json").write_text(json.dumps(records))
+    if numbers:
+        (path / "metrics.json").write_text(json.dumps({"numbers": numbers}))
+
+
+def sampler(name: str, **knobs) -> dict:
+    return {"_target_": f"ldm.samplers.{name}.sample", "_partial_": True, **knobs}
+
+
+def test_a_sweep_of_samples_is_a_table_and_a_grid(tmp_path):
+    for number, (how, scale) in enumerate(product((sampler("ddim", eta=0.0), sampler("euler")), (1, 2, 4))):
+        settings = {"sampler": how, "guidance": {"_target_": "ldm.diffusion.guidance.cfg", "scale": scale}}
+        make_images(tmp_path / str(number), settings, numbers={"frechet_distance": scale / 3})
+    (tmp_path / "6").mkdir()
+    (tmp_path / "6" / "job.json").write_text(json.dumps({"config": {}, "error": "job 6: needs a variance"}))
+    assert main([str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert re.search(r"\| sampler \| guidance.scale \| frechet_distance \| folder", text)
+    assert re.search(r"\| euler +\| 4 +\| 1.333 ", text) and f"- failed: {tmp_path / '6'} (job 6: needs a va" in text
+    grid, side = read_image(tmp_path / "drawn.png"), 2 * 10 + 2  # two images of a cell side by side, with margins
+    factor = -(-96 // side)
+    assert grid.shape[2] == 3 * (side * factor + 4) + 4  # two samplers across
+    assert grid.shape[1] > 3 * 12 * factor
+    for number, option in enumerate(("ddim", "ddim", "ddim", "euler_x", "euler_x", "euler_x")):
+        record = {"overrides": [f"sampler={option}", f"guidance.scale={(1, 2, 4)[number % 3]}"], "error": None}
+        (tmp_path / str(number) / "job.json").write_text(json.dumps(record))
+    assert main([str(tmp_path)]) == 0
+    assert re.search(r"\| euler_x \| 4 +\| 1.333 ", (tmp_path / "report.md").read_text()), "options as they were typed"
+
+
+def test_images_of_other_sizes_or_prompts_are_no_grid(tmp_path, capsys):
+    make_images(tmp_path / "0", {"steps": 1})
+    make_images(tmp_path / "1", {"steps": 2}, size=16)
+    assert main([str(tmp_path)]) == 0
+    assert "drawn.png skipped: images of 8x8 and 16x16 are mixed" in capsys.readouterr().out
+    (tmp_path / "1" / "samples.json").write_text(json.dumps([{"file": "x", "prompt": "y", "seed": 0, "steps": 2}]))
+    assert main([str(tmp_path)]) == 0
+    assert "no prompt was drawn with the same seed in every folder" in capsys.readouterr().out
 
 
 def test_damaged_files_make_an_incomplete_run_not_a_crash(tmp_path, capsys):

@@ -93,10 +93,10 @@ def test_a_job_whose_settings_changed_is_run_again(tmp_path, capsys):
     path = tmp_path / "0"
     path.mkdir()
     for lr in (0.1, 0.1, 0.2):
-        assert run_job(main, {"lr": lr, "list": [1, None]}, path, "job 0") == 2.0
-    assert calls == [0.1, 0.2] and "job 0: finished before" in capsys.readouterr().out
+        assert run_job(main, {"lr": lr, "list": [1, None]}, path, 0, ["lr=0.1"]) == 2.0
+    assert calls == [0.1, 0.2] and "job 0 (lr=0.1): finished before" in capsys.readouterr().out
     (path / "job.json").write_text("{")
-    run_job(main, {"lr": 0.2, "list": [1, None]}, path, "job 0")
+    run_job(main, {"lr": 0.2, "list": [1, None]}, path, 0, [])
     assert calls == [0.1, 0.2, 0.2]
 
 
@@ -105,7 +105,7 @@ def test_errors_that_are_not_ours_keep_their_traceback(tmp_path):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        run_job(main, {}, tmp_path, "job 3")
+        run_job(main, {}, tmp_path, 3, [])
     assert outcome(tmp_path)["error"] == "ZeroDivisionError"
 
 
@@ -114,7 +114,7 @@ def test_an_interrupted_job_is_neither_finished_nor_failed(tmp_path):
         raise SystemExit(130)  # as after Ctrl-C: Hydra ends the sweep
 
     with pytest.raises(SystemExit):
-        run_job(main, {}, tmp_path, "job 3")
+        run_job(main, {}, tmp_path, 3, [])
     assert outcome(tmp_path) == {}
 
 

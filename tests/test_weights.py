@@ -317,7 +317,7 @@ def edit(path, **changes):
         ({"layers_per_block": 10**9}, "num_res_blocks"),
         ({"layers_per_block": 2}, "missing"),
         ({"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "AttnDownBlock2D"),
-        ({"_class_name": "ControlNetModel"}, "ControlNetModel"),
+        ({"_class_name": "ControlNetModel"}, "missing 26 (controlnet_cond_embedding"),
         ({"cross_attention_dim": 96}, "shapes differ"),
     ],
 )

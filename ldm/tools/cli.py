@@ -21,10 +21,7 @@ from ldm.utils.errors import ConfigError, LdmError
 
 
 def entry(config_name: str) -> Callable:
-    """Decorator: `main(cfg: dict, run_dir: Path)` becomes a Hydra program with exit codes and one-line errors.
-
-    What main returns is for sweepers that search.
-    """
+    """Decorator: `main(cfg: dict, run_dir: Path) -> number for a search` becomes a program with one-line errors."""
 
     full_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -33,7 +30,7 @@ def entry(config_name: str) -> Callable:
             settings = HydraConfig.get()
             path = Path(settings.runtime.output_dir)
             if settings.mode == RunMode.MULTIRUN:  # errors are raised: the sweep goes on, and fails at its end
-                return run_job(main, plain(cfg), path, f"job {settings.job.num} ({settings.job.override_dirname})")
+                return run_job(main, plain(cfg), path, settings.job.num, list(settings.overrides.task))
             try:
                 return main(plain(cfg), path)
             except LdmError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ldm.io.text import read_json
 from ldm.tools.jobs import outcome
-from ldm.tools.runs import flat, natural, tolerant
+from ldm.tools.runs import flat, natural, split, tolerant
 
 RECORDS, NUMBERS = "samples.json", "metrics.json"
 NO_SETTING = {"file", "prompt", "seed", "numbers"}
@@ -21,6 +21,7 @@ class Drawn:
 
     path: Path
     records: list[dict]  # of images
+    typed: dict[str, str]  # in a sweep: its overrides
     settings: dict[str, str]
     numbers: dict[str, float]
 
@@ -47,7 +48,8 @@ def read_drawn(path: Path) -> Drawn:
     records, measured = (tolerant(read_json, path / name) for name in (RECORDS, NUMBERS))
     how = records[0] if records else measured
     settings = {key: value for key, value in how.items() if key not in NO_SETTING}
-    return Drawn(path, records or [], dict(_named(settings)), measured.get("numbers", {}))
+    typed = dict(split(line) for line in outcome(path).get("overrides", []))
+    return Drawn(path, records or [], typed, {**dict(_named(settings)), **typed}, measured.get("numbers", {}))
 
 
 def _named(settings: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -61,8 +63,8 @@ def _named(settings: dict[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def axes(drawn: Sequence[Drawn]) -> list[str]:
-    """The settings in which the folders differ: names first, then knobs that differ within a name."""
-    keys = dict.fromkeys(key for one in drawn for key in one.settings)
+    """The settings in which the folders differ: what was typed first, then others that do not follow from it."""
+    keys = dict.fromkeys(key for part in ("typed", "settings") for one in drawn for key in getattr(one, part))
     chosen: list[str] = []
     for key in keys:
         cases = {(*(one.settings.get(c, "") for c in chosen), one.settings.get(key, "")) for one in drawn}
@@ -82,7 +84,7 @@ def drawn_table(drawn: Sequence[Drawn]) -> list[list[str]]:
 
 
 def drawn_grid(drawn: Sequence[Drawn], path: Path) -> str:
-    """The same prompts and seeds with every setting: the last axis across, the others down. Says what was done."""
+    """The same prompts and seeds with every setting: the shortest axis across, the others down. Says what was done."""
     import torch  # only here: the table needs none of it
 
     from ldm.io.images import read_image, write_png
@@ -91,7 +93,9 @@ def drawn_grid(drawn: Sequence[Drawn], path: Path) -> str:
     drawn = [one for one in drawn if one.records]
     if not drawn:
         return f"{path.name} skipped: no folder has {RECORDS}"
-    *down, across = axes(drawn) or ["run"]
+    chosen = axes(drawn) or ["run"]
+    across = min(chosen, key=lambda axis: len({one.settings.get(axis) for one in drawn}))
+    down = [axis for axis in chosen if axis != across]
     shared = [(r["prompt"], r["seed"]) for r in drawn[0].records if all(d.image(r["prompt"], r["seed"]) for d in drawn)]
     if not shared:
         return f"{path.name} skipped: no prompt was drawn with the same seed in every folder"
@@ -101,7 +105,9 @@ def drawn_grid(drawn: Sequence[Drawn], path: Path) -> str:
         sizes |= {tuple(image.shape[1:]) for image in images}
         if len(sizes) > 1:
             return f"{path.name} skipped: images of {' and '.join(f'{w}x{h}' for h, w in sorted(sizes))} are mixed"
-        place = ", ".join(f"{key}={one.settings.get(key, '')}" for key in down), one.settings.get(across, "")
+        named = "{}={}" if len(down) > 1 else "{1}"
+        row = ", ".join(named.format(key, one.settings.get(key, "")) for key in down)
+        place = row, one.settings.get(across, "")
         tiles[place] = make_grid(torch.stack(images))
     rows, columns = (list(dict.fromkeys(place[axis] for place in tiles)) for axis in (0, 1))
     blank = torch.full_like(next(iter(tiles.values())), 255)

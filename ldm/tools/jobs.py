@@ -3,24 +3,26 @@
 import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ldm.io.text import read_json, write_json
 from ldm.utils.errors import ConfigError, DataError, LdmError
 
-RECORD = "job.json"  # {"config": ..., "error": a line or null, "value": what main returned}
+RECORD = "job.json"  # {"config": ..., "overrides": ..., "error": a line or null, "value": what main returned}
 
 
-def run_job(main: Callable[[dict, Path], float | None], cfg: dict, path: Path, name: str) -> float | None:
+def run_job(
+    main: Callable[[dict, Path], float | None], cfg: dict, path: Path, number: int, overrides: Sequence[str]
+) -> float | None:
     """main(cfg, path), unless a job with these settings has ended in `path` before; what came of it is written down.
 
     An error is raised again under the job's name; the launcher goes on with the next job.
     """
-    record = path / RECORD
-    settings = json.loads(json.dumps(cfg))
+    name = f"job {number} ({', '.join(overrides)})"
+    record = {"config": json.loads(json.dumps(cfg)), "overrides": list(overrides), "error": None, "value": None}
     known = outcome(path)
-    if known.get("config") == settings and known.get("error") is None:
+    if known.get("config") == record["config"] and known.get("error") is None:
         print(f"{name}: finished before, in {path}")
         return known.get("value")
     try:
@@ -29,11 +31,11 @@ def run_job(main: Callable[[dict, Path], float | None], cfg: dict, path: Path, n
         line = " ".join(str(error).split()) or type(error).__name__
         print(f"{name} failed: {line}", file=sys.stderr)
         path.mkdir(parents=True, exist_ok=True)
-        write_json(record, {"config": settings, "error": line, "value": None})
+        write_json(path / RECORD, record | {"error": line})
         if isinstance(error, LdmError):
             raise type(error)(f"{name}: {line}") from error
         raise
-    write_json(record, {"config": settings, "error": None, "value": value})
+    write_json(path / RECORD, record | {"value": value})
     return value
 
 

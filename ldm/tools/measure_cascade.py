@@ -43,5 +43,6 @@ def measure_cascade(cfg: dict, given: Sequence[str], out: Path) -> None:
         for metric in build_metrics(sized(cfg["metrics"], cfg["num_images"])).values():
             numbers = metric(lambda prompts, seeds, k=number - 1: draw(prompts, list(seeds))[k], data, objective)
             found |= {f"stage_{number}/{name}": value for name, value in numbers.items()}
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", {"cascade": cfg["cascade"], "stages": cfg["stages"], "numbers": found})
     print("\n".join(f"{name} {value:.4g}" for name, value in found.items()))

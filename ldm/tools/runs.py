@@ -67,8 +67,9 @@ def read_run(path: Path) -> Run:
     typed = tolerant(_read_yaml, path / ".hydra" / "overrides.yaml", kind=list)
     seed = config.get("seed")
     claim = config.pop("claim", None)
+    config.pop("scale", None)  # numbers that act where other settings read them
     settings = {key: value for key, value in flat(config) if key not in NOT_COMPARED}
-    overrides = dict(_split(str(text)) for text in typed)
+    overrides = dict(split(str(text)) for text in typed)
     return Run(
         path=path,
         seed="" if seed is None else str(seed),
@@ -88,10 +89,10 @@ def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     data = tolerant(read_bytes, path, max_bytes=MAX_BYTES) or b""
     for line in data.splitlines():
         row = tolerant(parse_json, line.decode(errors="replace"), str(path))
-        if isinstance(row, dict) and isinstance(step := row.pop("step", None), int):
-            for name, value in row.items():
-                if isinstance(value, int | float):
-                    curves.setdefault(name, []).append((step, value))
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float)} if isinstance(row, dict) else {}
+        step = numbers.pop("step", None)
+        for name, value in numbers.items() if isinstance(step, int) else ():
+            curves.setdefault(name, []).append((step, value))
     return curves
 
 
@@ -133,7 +134,7 @@ def flat(node: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
         yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
 
 
-def _split(override: str) -> tuple[str, str]:
+def split(override: str) -> tuple[str, str]:
     """`+key=value` -> key, value; `~key` -> key, 'removed'."""
     key, equals, value = override.lstrip("+").partition("=")
     return (key.lstrip("~"), "removed") if key.startswith("~") or not equals else (key, value)
