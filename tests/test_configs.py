@@ -2,6 +2,8 @@
 
 import inspect
 import json
+from functools import cache
+from pathlib import Path
 
 import pytest
 import yaml
@@ -18,19 +20,26 @@ EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
 WIRED = {"run", "experiment", "overrides", "autoencoder", "shared"}  # keys the wiring takes out of a node first
 
 
-def root_of(group: str) -> str:
-    return "train" if group in compose("train") else "sample"
+@cache
+def composed(root: str, *overrides: str) -> dict:
+    """Half a second each, and asked for by several tests: to be read, not changed."""
+    return compose(root, overrides)
+
+
+def with_option(path: Path) -> dict:
+    """The config with one file of a group chosen."""
+    group = path.parent.name
+    return composed("train" if group in composed("train") else "sample", f"{group}={path.stem}")
 
 
 @pytest.fixture(scope="module")
 def baseline():
-    return compose("train")
+    return composed("train")
 
 
 @pytest.mark.parametrize("path", NODES, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_group_files_name_arguments_that_exist(path, baseline):
-    group = path.parent.name
-    node = compose(root_of(group), [f"{group}={path.stem}"])[group]
+def test_group_files_name_arguments_that_exist(path):
+    node = with_option(path)[path.parent.name]
     targets = [node] if "_target_" in node else [n for n in node.values() if isinstance(n, dict) and "_target_" in n]
     for found in targets:
         accepted = inspect.signature(locate(found["_target_"])).parameters
@@ -40,8 +49,7 @@ def test_group_files_name_arguments_that_exist(path, baseline):
 
 @pytest.mark.parametrize("path", NODES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_setting_can_be_stored_in_a_checkpoint(path):
-    group = path.parent.name
-    json.dumps(compose(root_of(group), [f"{group}={path.stem}"]), allow_nan=False)  # no .inf, no .nan
+    json.dumps(with_option(path), allow_nan=False)  # no .inf, no .nan
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
