@@ -420,7 +420,7 @@ def test_folders_that_are_no_system(tmp_path):
         "empty": "a folder without weights only",
         "lora": "a LoRA",
         "parts": "a folder of vae only",
-        "controlnet": "a folder of ControlNetModel only",
+        "controlnet": "a folder of controlnet only",
         "whole": "the system sd15 without vae; expected unet, vae, text_encoder",
     }
     for name, words in expected.items():
