@@ -268,10 +268,10 @@ def build_objective(
 
 def build_adapters(nodes: dict, objective: "nn.Module") -> dict[str, Any]:
     """Adapters by name, put around an objective, whose own parameters are frozen from then on; none leave it alone."""
+    if not nodes:  # most models have none, and need not wait for what adapters are made of
+        return {}
     from ldm.adapters.training import attach, base_of
 
-    if not nodes:
-        return {}
     base = {"net": base_of(objective), "downsample": objective.codec.downsample}
     adapters = {name: make(node, name=name, **base) for name, node in nodes.items()}
     attach(objective, adapters)
@@ -282,4 +282,3 @@ def write_config(path: Path, cfg: dict) -> None:
     """The resolved config as YAML, for people; programs read the checkpoint's config.json."""
     path.parent.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(cfg), path)
-

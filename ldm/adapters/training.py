@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ldm.adapters.control import Control, Controlled, Steering
+from ldm.adapters.control import Control, Controlled, Steering, slots_of
 from ldm.adapters.control_objective import ControlObjective
 from ldm.adapters.lora import WeightAdapter
 from ldm.adapters.lora_names import NETWORK
@@ -125,8 +125,8 @@ def t2i_adapter(
     """The T2I-Adapter of a UNet. Raises ConfigError for another network."""
     if not isinstance(net, UNet):
         raise ConfigError(f"there is no T2I-Adapter for a {type(net).__name__}; expected a UNet")
-    levels = [level.blocks[-1].res.norm2.num_channels for level in net.encoder.levels]
-    channels = [*levels, levels[-1]] if to_middle else levels
+    levels, with_middle = slots_of(net)["features"]
+    channels = with_middle if to_middle else levels
     unshuffle, halved = (2 * downsample, [2]) if to_middle else (downsample, range(1, len(levels)))
     num_res_blocks = num_res_blocks or (4 if light else 2)
     return T2IAdapter(hint_channels, channels, num_res_blocks=num_res_blocks, unshuffle=unshuffle, halved=halved,

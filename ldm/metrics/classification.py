@@ -2,8 +2,7 @@
 
 from torch import nn
 
-from ldm.data.loader import fetch
-from ldm.metrics.held_out import spread
+from ldm.metrics.held_out import spread_batch
 
 
 class Accuracy:
@@ -13,5 +12,5 @@ class Accuracy:
         self.num_images = num_images
 
     def __call__(self, draw, data, objective: nn.Module) -> dict[str, float]:
-        batch = fetch(data, spread(data, min(self.num_images, len(data))))
+        batch = spread_batch(data, self.num_images)
         return objective.evaluate({**batch, "image": batch["image"].to(next(objective.parameters()).device)})

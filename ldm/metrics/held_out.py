@@ -1,9 +1,11 @@
 """Held-out images, and what a model is told to draw them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ldm.data.loader import facts
+from ldm.data.loader import facts, fetch
 from ldm.utils.errors import DataError
 
 
@@ -11,6 +13,11 @@ def spread(data, count: int) -> Tensor:
     """(count,) items evenly over a dataset; over again from its start where it has fewer."""
     stride = max(1, len(data) // count)
     return torch.arange(count) * stride % len(data)
+
+
+def spread_batch(data, count: int) -> dict[str, Any]:
+    """The batch of `count` items spread over a dataset, or of all where it has fewer; "index" says which they are."""
+    return fetch(data, spread(data, min(count, len(data))))
 
 
 def prompts_of(data, items: Tensor, objective: nn.Module) -> list[str]:

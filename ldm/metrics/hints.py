@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.data.hints import canny
-from ldm.data.loader import collate
+from ldm.metrics.held_out import spread_batch
 
 
 def overlap(given: Tensor, found: Tensor, reach: int = 1) -> Tensor:
@@ -52,6 +52,5 @@ class Steered:
 
 def held_out(objective: nn.Module, data, count: int) -> tuple[Tensor, Tensor]:
     """Images spread over the dataset (B 3 H W uint8), and their hints."""
-    items = [data[index] for index in range(0, len(data), max(1, len(data) // count))[:count]]
-    batch = collate(items)
-    return batch["image"], objective.hints(batch | {"position": torch.arange(len(items))})
+    batch = spread_batch(data, count)
+    return batch["image"], objective.hints(batch | {"position": torch.arange(len(batch["image"]))})

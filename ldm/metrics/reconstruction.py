@@ -5,8 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ldm.data.loader import fetch
-from ldm.metrics.held_out import spread
+from ldm.metrics.held_out import spread_batch
 from ldm.metrics.pairs import ssim
 from ldm.models.codec import to_float
 from ldm.utils.images import psnr
@@ -49,5 +48,4 @@ class Pairs:
 
 
 def _held_out(data, count: int, objective: nn.Module) -> Tensor:
-    images = fetch(data, spread(data, min(count, len(data))))["image"]
-    return images.to(next(objective.parameters()).device)
+    return spread_batch(data, count)["image"].to(next(objective.parameters()).device)

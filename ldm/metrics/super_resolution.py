@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.diffusion.super_resolution import SuperResolutionObjective, shrink
+from ldm.metrics.held_out import prompts_of, spread_batch
 from ldm.models.codec import to_uint8
 from ldm.utils.errors import ConfigError
 from ldm.utils.images import psnr
@@ -41,14 +42,8 @@ def held_out(data, count: int, objective: nn.Module) -> tuple[Tensor, Tensor, li
     """Images (B 3 H W uint8) spread over the dataset, the same made small, and what the model reads of each."""
     if not isinstance(objective, SuperResolutionObjective):
         raise ConfigError(f"metrics=super_resolution is of models that enlarge, not of {type(objective).__name__}")
-    stride = max(1, len(data) // count)
-    items = [data[index] for index in range(0, len(data), stride)[:count]]
-    images = torch.stack([item["image"] for item in items])
-    prompts = [""] * len(items)
-    if "caption" in objective.conditioner.fields:
-        prompts = [item["caption"] for item in items]
-    elif "label" in objective.conditioner.fields:
-        prompts = [data.class_names[item["label"]] for item in items]
+    batch = spread_batch(data, count)
+    images, prompts = batch["image"], prompts_of(data, batch["index"], objective)
     return images, to_uint8(shrink(images, objective.factor)), prompts
 
 

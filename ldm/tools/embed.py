@@ -33,9 +33,7 @@ class Reader:
         """For the system of a stage's config; None where its text encoders stay beside the network."""
         if not reads_before(cfg):
             if cfg["embeddings"]:
-                raise ConfigError(
-                    f"embeddings={cfg['embeddings']} are for what reads with T5 alone; leave it out"
-                )
+                raise ConfigError(f"embeddings={cfg['embeddings']} are for what reads with T5 alone; leave it out")
             return None
         if cfg["embeddings"]:
             return KnownTexts.load(cfg["embeddings"])

@@ -54,9 +54,7 @@ class Component(NamedTuple):
     to_config: Callable[[Any], Config]  # network -> config.json
     computed: Callable[[Any], dict[str, Tensor]] = lambda net: {}  # what original files store besides its state
     formulas: Mapping[str, Config] = {}  # arguments that no file tells, by the program whose results they give
-    from_yml: Callable[[Config, Shapes], Config] | None = (
-        None  # config.yml beside an original file, shapes -> arguments
-    )
+    from_yml: Callable[[Config, Shapes], Config] | None = None  # config.yml beside an original file, shapes -> the same
     to_yml: Callable[[Any], Config] | None = None  # network -> what config.yml says of it
     build: Callable[..., nn.Module] | None = None  # arguments -> network, where that is not made of numbers
 
