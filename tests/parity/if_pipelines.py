@@ -5,6 +5,7 @@ import torch
 import yaml
 
 from tests.parity.pipelines import randomised
+from tests.parity.test_if_unet import BASE, COMMON, ENLARGES
 from tests.parity.transformer_pipelines import text_encoder, tokenizer
 
 TEXT_WIDTH, HEAD_DIM = 64, 64  # the pooling has 64 heads, attention heads of 64 channels: what no shape tells
@@ -12,25 +13,14 @@ SYSTEMS = ("if_i_m", "if_ii_m")
 WIDTHS = {"if_i_m": (32, 64), "if_ii_m": (32, 32, 64)}
 BLOCKS = {"if_i_m": (1, 2), "if_ii_m": (1, 2, 1)}  # of each level, on the way down
 ATTENDS = {"if_i_m": (False, True), "if_ii_m": (False, False, True)}
-SCALE = 0.7071  # of every residual sum in what enlarges
-ENLARGES = dict(
-    class_embed_type="timestep",
-    time_embedding_act_fn="gelu",
-    resnet_skip_time_act=True,
-    resnet_out_scale_factor=1 / SCALE,
-    mid_block_scale_factor=1 / SCALE,
-    only_cross_attention=True,
-)
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 CAP = {"if_i_m": 1.5, "if_ii_m": 1.0}
 
 
 def unet(system):
-    attends, enlarges = ATTENDS[system], system != "if_i_m"
-    model = diffusers.UNet2DConditionModel(
+    attends = ATTENDS[system]
+    sizes = dict(
         sample_size=64,
-        in_channels=6 if enlarges else 3,
-        out_channels=6,
         block_out_channels=WIDTHS[system],
         layers_per_block=list(BLOCKS[system]),
         down_block_types=["SimpleCrossAttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends],
@@ -39,14 +29,9 @@ def unet(system):
         encoder_hid_dim=TEXT_WIDTH,
         cross_attention_dim=96,
         attention_head_dim=HEAD_DIM,
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        addition_embed_type="text",
         addition_embed_type_num_heads=64,
-        cross_attention_norm="group_norm",
-        resnet_time_scale_shift="scale_shift",
-        act_fn="gelu",
-        **(ENLARGES if enlarges else {}),
     )
+    model = diffusers.UNet2DConditionModel(**COMMON | sizes | (BASE if system == "if_i_m" else ENLARGES))
     randomised(model, seed=len(system)).conv_out.weight.data *= 0.3  # else steps of a random network grow roundings
     return model
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from ldm.io.tensors import read_tensors, write_tensors
+from ldm.models import codec
 from ldm.weights import autoencoder, load_model
 from ldm.weights import unet as unets
 from tests.test_clip import toy_vocabulary
@@ -40,6 +41,14 @@ def randomised(module, seed=0):
         else:
             p.copy_(0.2 * noise + name.endswith("weight"))
     return module.eval()
+
+
+def watched(monkeypatch):
+    """What our side decodes, and then what it rounds to bytes, in a list that fills as it draws."""
+    seen, decode, rounded = [], codec.LatentCodec.decode, codec.to_uint8
+    monkeypatch.setattr(codec.LatentCodec, "decode", lambda self, x: (seen.append(x), decode(self, x))[1])
+    monkeypatch.setattr(codec, "to_uint8", lambda x: (seen.append(x), rounded(x))[1])
+    return seen
 
 
 def tokenizer(pad="<|endoftext|>"):

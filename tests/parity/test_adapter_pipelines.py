@@ -10,7 +10,6 @@ import torch
 from ldm.build import compose
 from ldm.generate import generate
 from ldm.io.tensors import read_tensors, write_tensors
-from ldm.models import codec
 from ldm.published import load_published
 from ldm.sampling import Sampling
 from ldm.tools.gallery import read_edit
@@ -108,10 +107,7 @@ def load(tmp_path_factory):
 @pytest.fixture
 def ours(load, monkeypatch, tmp_path):
     """ours(system, scheduler, attached) -> latents and pictures, as sample.py goes."""
-    seen = []
-    decode, rounded = codec.LatentCodec.decode, codec.to_uint8
-    monkeypatch.setattr(codec.LatentCodec, "decode", lambda self, x: (seen.append(x), decode(self, x))[1])
-    monkeypatch.setattr(codec, "to_uint8", lambda x: (seen.append(x), rounded(x))[1])
+    seen = pipelines.watched(monkeypatch)
 
     def draw(system, scheduler, *knobs, **attached):
         run = load(system)

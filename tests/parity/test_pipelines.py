@@ -159,10 +159,7 @@ def load(saved):
 @pytest.fixture
 def ours(load, monkeypatch, tmp_path):
     """ours(case, layout) -> Drawn, by the way that sample.py goes; what it rounds to bytes is seen before."""
-    seen = []
-    decode, rounded = codec.LatentCodec.decode, codec.to_uint8
-    monkeypatch.setattr(codec.LatentCodec, "decode", lambda self, x: (seen.append(x), decode(self, x))[1])
-    monkeypatch.setattr(codec, "to_uint8", lambda x: (seen.append(x), rounded(x))[1])
+    seen = pipelines.watched(monkeypatch)
 
     def pictures(case):
         paths = {"image": tmp_path / "image.png"} if case.task != "text" else {}

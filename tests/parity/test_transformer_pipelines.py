@@ -9,7 +9,6 @@ import torch
 
 from ldm.build import compose
 from ldm.generate import Sampling, generate
-from ldm.models import codec
 from ldm.published import load_published
 from ldm.tools.convert import convert
 from ldm.weights import load_model, load_system
@@ -18,6 +17,7 @@ diffusers = pytest.importorskip("diffusers", reason="the parity extra is not ins
 pytest.importorskip("transformers", reason="the parity extra is not installed")
 
 from tests.parity import transformer_pipelines as tiny  # noqa: E402
+from tests.parity.pipelines import watched  # noqa: E402
 from tests.parity.test_systems_weights import networks, same  # noqa: E402
 
 OURS = {
@@ -94,10 +94,7 @@ def load(saved):
 @pytest.fixture
 def ours(load, monkeypatch):
     """ours(case) -> Drawn, by the way that sample.py goes; what it rounds to bytes is seen before."""
-    seen = []
-    decode, rounded = codec.LatentCodec.decode, codec.to_uint8
-    monkeypatch.setattr(codec.LatentCodec, "decode", lambda self, x: (seen.append(x), decode(self, x))[1])
-    monkeypatch.setattr(codec, "to_uint8", lambda x: (seen.append(x), rounded(x))[1])
+    seen = watched(monkeypatch)
 
     def draw(case):
         knobs = [f"steps={case.steps}", f"guidance.scale={case.guidance}"]
