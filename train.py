@@ -113,7 +113,10 @@ def build_first_stage(cfg: dict, stored: dict, path: Path, data, device, world, 
     source = Path(node["run"] or path / "autoencoder")
     if not (source / "summary.json").exists():
         if node["run"]:
-            raise ConfigError(f"codec.run={source} holds no finished autoencoder; leave it out and one is trained")
+            raise ConfigError(
+                f"codec.run={source} holds no finished autoencoder; leave it out and one is trained, or train it there: "
+                f"python train.py experiment={node['experiment']} hydra.run.dir={source}"
+            )
         if world.is_main:
             print(f"first stage: the autoencoder, experiment={node['experiment']}, in {source}")
         stage = compose("train", [f"experiment={node['experiment']}", *cfg['first_stage']])

@@ -27,9 +27,15 @@ def composed(root: str, *overrides: str) -> dict:
 
 
 def with_option(path: Path) -> dict:
-    """The config with one file of a group chosen."""
+    """A config with this file of its group; with it one file of every other group that the same root has."""
     group = path.parent.name
-    return composed("train" if group in composed("train") else "sample", f"{group}={path.stem}")
+    root = "train" if group in composed("train") else "sample"
+    options = {name: sorted(p.stem for p in (CONFIGS / name).glob("*.yaml")) for name in GROUPS}
+    number = options[group].index(path.stem)
+    return composed(root, *(
+        f"{name}={choices[number % len(choices)]}" for name, choices in options.items()
+        if name not in ROOTLESS and name in composed(root)
+    ))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
