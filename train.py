@@ -114,7 +114,7 @@ def build_first_stage(cfg: dict, stored: dict, path: Path, data, device, world, 
     if not (source / "summary.json").exists():
         if node["run"]:
             raise ConfigError(
-                f"codec.run={source} holds no finished autoencoder; leave it out and one is trained, or train it there: "
+                f"codec.run={source} holds no finished autoencoder; leave it out and one is trained, or train it: "
                 f"python train.py experiment={node['experiment']} hydra.run.dir={source}"
             )
         if world.is_main:
