@@ -1,7 +1,10 @@
 """Shared by all tests: one thread (bit-exact, and the cores are for other workers), the repository root importable."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch, which reads it on import, and of programs that tests start
 
 import pytest
 import torch
