@@ -15,6 +15,7 @@ CONFIGS = config_dir()
 GROUPS = sorted(p.name for p in CONFIGS.iterdir() if p.is_dir())
 ROOTLESS = {"experiment", "ablation", "formulation", "debug", "system"}
 NODES = sorted(p for p in CONFIGS.glob("*/*.yaml") if p.parent.name not in ROOTLESS)
+OPTIONS = {name: sorted(p.stem for p in (CONFIGS / name).glob("*.yaml")) for name in GROUPS if name not in ROOTLESS}
 SYSTEMS = sorted(p.stem for p in (CONFIGS / "system").glob("*.yaml") if p.stem != "none")
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
 WIRED = {"run", "experiment", "overrides", "autoencoder", "shared"}  # keys the wiring takes out of a node first
@@ -30,12 +31,9 @@ def with_option(path: Path) -> dict:
     """A config with this file of its group; with it one file of every other group that the same root has."""
     group = path.parent.name
     root = "train" if group in composed("train") else "sample"
-    options = {name: sorted(p.stem for p in (CONFIGS / name).glob("*.yaml")) for name in GROUPS}
-    number = options[group].index(path.stem)
-    return composed(root, *(
-        f"{name}={choices[number % len(choices)]}" for name, choices in options.items()
-        if name not in ROOTLESS and name in composed(root)
-    ))  # fmt: skip
+    number = OPTIONS[group].index(path.stem)
+    choices = {name: options[number % len(options)] for name, options in OPTIONS.items() if name in composed(root)}
+    return composed(root, *(f"{name}={choice}" for name, choice in choices.items()))
 
 
 @pytest.fixture(scope="module")
