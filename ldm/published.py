@@ -6,6 +6,7 @@ condition); the files say how large the networks are, and where they differ from
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,6 +28,17 @@ PARTS = ("vae", "text_encoder", "text_encoder_2")  # of a config, beside `weight
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@dataclass(frozen=True)
+class Options:
+    """What a person says of published weights, where their files do not or are wrong; `published` of sample.yaml."""
+
+    prediction: str | None = None  # eps, v, x0
+    clip_skip: int | None = None  # 1: CLIP's last layer, 2: the last but one, as A1111 counts
+    strict: bool = True  # refuse tensors of no known part
+
+
+UNSAID = Options()
+
 def system_of(weights: str | Path, name: str | None = None, parts: Parts = NONE) -> str:
     """The name of the system, a file of configs/system: the one given, or what the weights look like."""
     return name or identify(Path(weights), parts, has_texts=True)
@@ -44,6 +56,7 @@ def load_published(
     parts: Parts = NONE,  # "vae", "text_encoder": where they are, if not with the weights
     formula: str | None = None,  # of a DiT: original, diffusers
     texts: KnownTexts | None = None,  # read before (`read_texts`): no text encoder is loaded
+    options: Options = UNSAID,
 ) -> Run:
     """A diffusers folder or an original file as a `Run`. Raises WeightsError."""
     if dtype not in DTYPES:

@@ -7,7 +7,7 @@ from ldm.conditioning.clip import CLIPTextEncoder
 from ldm.conditioning.prompts import EMPHASIS
 from ldm.conditioning.stored import KnownTexts
 from ldm.generate import Refiner, Run, load_run
-from ldm.published import load_published, parts_of, system_of
+from ldm.published import Options, load_published, parts_of, system_of
 from ldm.utils.devices import pick_device
 from ldm.utils.errors import ConfigError, WeightsError
 
@@ -90,6 +90,7 @@ def _published(
         parts=parts,
         formula=cfg["formula"] if weights == cfg["weights"] else None,
         texts=texts,
+        options=Options(**cfg["published"]),
     )
     if cfg["prompt_weights"]:
         weigh(run, cfg["prompt_weights"])
