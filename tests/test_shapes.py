@@ -5,6 +5,9 @@ from itertools import product
 import pytest
 import torch
 
+from ldm.build import make
+from ldm.data.loader import facts
+from ldm.data.phrases import NUMBERS, caption, leave_open, open_caption, parse
 from ldm.data.scenes import (
     ATTRIBUTES,
     COLOURS,
@@ -12,16 +15,17 @@ from ldm.data.scenes import (
     SHAPES,
     SIZES,
     SPLITS,
+    UNSEEN_PAIRS,
     Object,
     Scene,
-    caption,
     draw,
     held_out,
-    parse,
 )
 from ldm.data.shapes import Shapes, render
-from ldm.metrics.shapes import PromptAccuracy, describe, judge, stated
+from ldm.metrics.blobs import describe
+from ldm.metrics.shapes import PromptAccuracy, judge, short_prompts, stated
 from ldm.utils.errors import ConfigError, DataError
+from ldm.utils.seeding import keys, uniform
 
 COMBINATIONS = list(product(SHAPES, COLOURS, SIZES, POSITIONS))
 OTHERS = {"shape": SHAPES, "colour": list(COLOURS), "size": list(SIZES), "position": list(POSITIONS)[:5]}
@@ -117,6 +121,108 @@ def test_prompts_may_leave_attributes_open():
     assert parse("a star to the left of a blue square") == Scene((Object("star"), Object("square", "blue")), "left of")
     assert len(parse("a star, a small ring and a blue cross at the top left").objects) == 3
     assert caption(parse("an orange ring")) == "an orange ring"
+
+
+def open_captions(count: int, objects: int) -> list[tuple[Scene, str]]:
+    """What is left of scenes, and how it is said."""
+    scenes = draw(0, "train", range(count), objects, jitter=0.0, unseen=UNSEEN_PAIRS)
+    numbers = uniform(keys(0, "test", torch.arange(count)), (NUMBERS,)).tolist()
+    return [(leave_open(scene, u[2:]), open_caption(scene, u)) for scene, u in zip(scenes, numbers, strict=True)]
+
+
+def without_jitter(thing: Object) -> Object:
+    return thing._replace(jitter=Object().jitter)
+
+
+@pytest.mark.parametrize("objects", [1, 3])
+def test_open_captions_read_back_in_every_phrasing(objects):
+    for left, text in open_captions(3000, objects):
+        wanted = parse(text)
+        assert wanted.relation == left.relation, text
+        for found, thing in zip(wanted.objects, left.objects, strict=True):
+            said = without_jitter(thing)._replace(position=None if left.relation else thing.position)
+            assert found == said, text
+            assert any(found[:4]) or left.relation, text
+
+
+def test_open_captions_say_any_part_in_several_ways():
+    captions = {text for _, text in open_captions(8000, 1)}
+    for text in ("a red circle", "red circle", "the circle is red", "circle, red", "a circle on the left", "a circle"):
+        assert text in captions
+    assert {"something red on the left", "a red thing", "a small red circle on the left"} < captions
+    said = {
+        frozenset(name for name in ATTRIBUTES if getattr(left.objects[0], name)) for left, _ in open_captions(3000, 1)
+    }
+    assert len(said) == 2 ** len(ATTRIBUTES) - 1  # every part but nothing
+
+
+@pytest.mark.parametrize(
+    "prompt, thing",
+    [
+        ("Red circle.", Object("circle", "red")),
+        ("the small circle is red", Object("circle", "red", "small")),
+        ("the circle on the left is small", Object("circle", None, "small", "left")),
+        ("circle, small, at the top", Object("circle", None, "small", "top")),
+        ("something small and red", Object(None, "red", "small")),
+        ("a thing in the center", Object(None, None, None, "centre")),
+    ],
+)
+def test_phrasings_mean_what_they_say(prompt, thing):
+    assert parse(prompt) == Scene((thing,))
+    shown = without_jitter(thing)._replace(**{n: OTHERS[n][0] for n in ATTRIBUTES if getattr(thing, n) is None})
+    assert scores(render([Scene((shown,))], 32), [prompt])["all"] == 1
+    for name in ATTRIBUTES:
+        if getattr(thing, name):
+            other = next(value for value in OTHERS[name] if value != getattr(shown, name))
+            assert scores(render([Scene((shown._replace(**{name: other}),))], 32), [prompt])[name] == 0
+
+
+@pytest.mark.parametrize("objects", [1, 3])
+def test_open_training_never_shows_nor_names_an_unseen_pair(objects):
+    data = Shapes(length=2500, objects=objects, captions="open")
+    shown = {thing[:4] for scene in data.scenes() for thing in scene.objects}
+    assert not {look[:2] for look in shown} & set(UNSEEN_PAIRS) and not any(held_out(*look) for look in shown)
+    assert not {thing[:2] for text in data.captions() for thing in parse(text).objects} & set(UNSEEN_PAIRS)
+    assert {look[:2] for look in shown} | set(UNSEEN_PAIRS) == set(product(SHAPES, COLOURS))
+    others = {
+        thing[:4]
+        for scene in Shapes(length=3000, split="held_out", captions="open").scenes()
+        for thing in scene.objects
+    }
+    assert not others & shown and {look[:2] for look in others} > set(UNSEEN_PAIRS)
+
+
+def test_unseen_pairs_leave_every_shape_and_colour_to_be_seen():
+    assert sorted(shape for shape, _ in UNSEEN_PAIRS) == sorted(SHAPES)
+    assert len({colour for _, colour in UNSEEN_PAIRS}) == len(UNSEEN_PAIRS)
+
+
+def test_an_open_item_is_the_same_alone_and_shows_its_caption():
+    data, alone = Shapes(length=600, captions="open"), Shapes(length=20000, captions="open")
+    captions = list(data.captions())
+    for i in (599, 300, 1, 0):
+        assert data[i]["caption"] == alone[i]["caption"] == captions[i] and torch.equal(
+            data[i]["image"], alone[i]["image"]
+        )
+    assert facts(data, torch.tensor([5, 300]))["caption"] == [captions[5], captions[300]]
+    assert set(scores(torch.stack([data[i]["image"] for i in range(300)]), captions[:300]).values()) == {1.0}
+    assert captions != list(Shapes(length=600, seed=1, captions="open").captions())
+
+
+def test_configs_that_do_not_say_mean_full_captions():
+    stored = {"_target_": "ldm.data.shapes.Shapes", "image_size": 32, "length": 50, "seed": 0, "split": "train",
+              "objects": 1, "jitter": 1.0}  # fmt: skip
+    assert list(make(stored).captions()) == [caption(scene) for scene in draw(0, "train", range(50))]
+    assert make(stored).unseen == ()
+
+
+@pytest.mark.parametrize("prompt", ["", "a dog", "the red circle is blue", "circle, star, red", "something", "a thing"])
+def test_other_prompts_say_too_little_or_too_much(prompt):
+    if prompt in ("something", "a thing"):
+        assert parse(prompt) == Scene((Object(),))
+    else:
+        with pytest.raises(DataError):
+            parse(prompt)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +350,44 @@ def test_prompt_accuracy_of_a_perfect_and_of_a_careless_generator():
     careless = metric(lambda prompts, seeds: red, data)
     assert careless["prompt_accuracy"] < 0.1 and careless["count_accuracy"] == 1
     assert careless["colour_accuracy"] == pytest.approx(sum("red" in prompt for prompt, _ in asked) / 40)
+
+
+def test_accuracy_of_open_data_tells_short_from_whole_and_seen_from_unseen():
+    asked = []
+
+    def perfect(prompts, seeds):
+        asked.append(prompts)
+        wanted = [parse(prompt).objects[0] for prompt in prompts]
+        at = [list(POSITIONS)[seed % 5] for seed in seeds]
+        return render([Scene((Object(w.shape, w.colour, w.size or "large", w.position or p),))
+                       for w, p in zip(wanted, at, strict=True)], 32)  # fmt: skip
+
+    def only_seen(prompts, seeds):
+        """All red where training never showed the pair."""
+        pairs = [parse(prompt).objects[0][1::-1] for prompt in prompts]
+        unseen = [pair[::-1] in UNSEEN_PAIRS for pair in pairs]
+        red = [p.replace(c, "red") if new else p for p, (c, _), new in zip(prompts, pairs, unseen, strict=True)]
+        return perfect(red, seeds)
+
+    metric, data = PromptAccuracy(num_prompts=100), Shapes(captions="open")
+    found = metric(perfect, data)
+    assert found.pop("places_drawn") == 5 and found.pop("sizes_drawn") == 1 and set(found.values()) == {1.0}
+    whole, seen, unseen, varied = asked
+    assert {parse(prompt).objects[0][:2] for prompt in unseen} == set(UNSEEN_PAIRS)
+    assert not {parse(prompt).objects[0][:2] for prompt in seen} & set(UNSEEN_PAIRS)
+    assert all(all(parse(prompt).objects[0][:4]) for prompt in whole) and set(varied) == {"a red circle"}
+    asked.clear()
+    wrong = metric(only_seen, data)
+    assert wrong["seen_pairs_accuracy"] == wrong["short_seen_accuracy"] == 1 and wrong["unseen_pairs_accuracy"] == 0
+    assert wrong["short_unseen_accuracy"] == wrong["short_unseen_colour_accuracy"] == 0
+    assert wrong["short_unseen_shape_accuracy"] == wrong["short_unseen_size_accuracy"] == 1
+    assert "short_seen_accuracy" not in metric(perfect, Shapes())  # full captions: as ever
+
+
+def test_short_prompts_are_of_the_given_pairs_and_leave_something_open():
+    prompts = [parse(prompt).objects[0] for prompt in short_prompts([("star", "red"), ("ring", "blue")], 60)]
+    assert {thing[:2] for thing in prompts} == {("star", "red"), ("ring", "blue")}
+    assert not any(all(thing[:4]) for thing in prompts) and 20 < sum(not any(thing[2:4]) for thing in prompts) < 40
 
 
 def test_accuracy_counts_only_what_captions_speak_of():

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ldm.data.phrases import NUMBERS, caption, open_caption
 from ldm.data.scenes import (
     BACKGROUND,
     COLOURS,
@@ -14,12 +15,13 @@ from ldm.data.scenes import (
     SHAPES,
     SIZES,
     SPLITS,
+    UNSEEN_PAIRS,
     Object,
     Scene,
-    caption,
     draw,
 )
 from ldm.utils.errors import ConfigError
+from ldm.utils.seeding import keys, uniform
 
 POSITION_JITTER = 0.012  # of the image side
 RADIUS_JITTER = 0.03  # of the radius
@@ -122,6 +124,8 @@ class Shapes(torch.utils.data.Dataset):
     """Scenes of 1..`objects` shapes with captions; the label is the first object's shape.
 
     Item i is a function of (seed, split, i). `jitter` in [0, 1] moves, scales and tints the objects a little.
+    `captions`: "full" ones say everything; "open" ones any part of it, and UNSEEN_PAIRS are held out. The default is
+    what runs were trained with whose configs do not say.
     """
 
     def __init__(
@@ -132,6 +136,7 @@ class Shapes(torch.utils.data.Dataset):
         split: str = "train",
         objects: int = 1,
         jitter: float = 1.0,
+        captions: str = "full",
     ):
         checks = {
             "split": (split, split in SPLITS, f"one of {', '.join(SPLITS)}"),
@@ -139,6 +144,7 @@ class Shapes(torch.utils.data.Dataset):
             "image_size": (image_size, image_size >= 16, "at least 16 pixels"),
             "length": (length, length >= 1, "at least 1"),
             "jitter": (jitter, 0 <= jitter <= 1, "0 to 1"),
+            "captions": (captions, captions in ("open", "full"), "open or full"),
         }
         for name, (value, good, expected) in checks.items():
             if not good:
@@ -149,8 +155,9 @@ class Shapes(torch.utils.data.Dataset):
         self.split = split
         self.objects = objects
         self.jitter = jitter
+        self.open = captions == "open"
         self.class_names = list(SHAPES)
-        self._blocks: dict[int, tuple[list[Scene], Tensor]] = {}
+        self._blocks: dict[int, tuple[list[Scene], list[str], Tensor]] = {}
 
     def __len__(self) -> int:
         return self.length
@@ -161,10 +168,10 @@ class Shapes(torch.utils.data.Dataset):
         block, row = divmod(index, BLOCK)
         if block not in self._blocks:
             scenes = self._draw(range(block * BLOCK, (block + 1) * BLOCK))
-            self._blocks[block] = scenes, render(scenes, self.image_size)
-        scenes, images = self._blocks[block]
+            self._blocks[block] = scenes, self._say(scenes, block * BLOCK), render(scenes, self.image_size)
+        scenes, captions, images = self._blocks[block]
         label = SHAPES.index(scenes[row].objects[0].shape)
-        return {"image": images[row], "caption": caption(scenes[row]), "label": label, "scene": scenes[row]}
+        return {"image": images[row], "caption": captions[row], "label": label, "scene": scenes[row]}
 
     def scenes(self) -> list[Scene]:
         """What the images show, in order."""
@@ -172,14 +179,30 @@ class Shapes(torch.utils.data.Dataset):
 
     def captions(self) -> Iterator[str]:
         """Every caption in order, without rendering."""
-        return map(caption, self.scenes())
+        return iter(self._say(self.scenes(), 0))
 
     def prompts(self, count: int, seed: int = 0) -> list[str]:
-        """Captions of `count` held-out scenes, whichever split this is."""
-        return [caption(scene) for scene in draw(seed, "held_out", range(count), self.objects)]
+        """Whole captions of `count` held-out scenes, whichever split this is."""
+        return [caption(scene) for scene in self.held_out_scenes(count, seed)]
+
+    def held_out_scenes(self, count: int, seed: int = 0) -> list[Scene]:
+        return draw(seed, "held_out", range(count), self.objects, unseen=self.unseen)
+
+    @property
+    def unseen(self) -> tuple[tuple[str, str], ...]:
+        """The pairs of shape and colour that training never shows."""
+        return UNSEEN_PAIRS if self.open else ()
 
     def _draw(self, indices: range) -> list[Scene]:
-        return draw(self.seed, self.split, indices, self.objects, self.jitter)
+        return draw(self.seed, self.split, indices, self.objects, self.jitter, self.unseen)
+
+    def _say(self, scenes: Sequence[Scene], first: int) -> list[str]:
+        """Captions of the scenes from index `first` on."""
+        if not self.open:
+            return [caption(scene) for scene in scenes]
+        indices = torch.arange(first, first + len(scenes))
+        numbers = uniform(keys(self.seed, f"captions/{self.split}", indices), (NUMBERS,)).tolist()
+        return [open_caption(scene, u) for scene, u in zip(scenes, numbers, strict=True)]
 
 
 class NewShape(torch.utils.data.Dataset):

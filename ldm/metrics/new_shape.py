@@ -6,7 +6,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ldm.data.scenes import COLOURS, POSITIONS, SHAPES, SIZES, Object, Scene, caption
+from ldm.data.phrases import caption
+from ldm.data.scenes import COLOURS, POSITIONS, SHAPES, SIZES, Object, Scene
 from ldm.data.shapes import NewShape, Shapes
 from ldm.metrics.shapes import PromptAccuracy, compare
 from ldm.utils.seeding import keys
@@ -14,8 +15,7 @@ from ldm.utils.seeding import keys
 
 class NewShapeAccuracy:
     """Shares of images that show the new shape: "new_shape" of the instances' captions, "new_shape_in_context" of looks
-    that no instance had ("new_prompt_accuracy": and all else that is said). Old captions that are held out: see
-    `PromptAccuracy`."""
+    that no instance had ("new_prompt_accuracy": and all else that is said). Of old shapes: see `PromptAccuracy`."""
 
     def __init__(self, shape: str = "crescent", num_images: int = 64, num_prompts: int = 256, seed: int = 0):
         self.shape, self.num_images, self.seed = shape, num_images, seed
@@ -26,7 +26,8 @@ class NewShapeAccuracy:
         known, others = (self._judge(generate, looks) for looks in (NewShape.LOOKS, self.other_looks()))
         right = {"new_shape": known["shape"], "new_shape_in_context": others["shape"]}
         right |= {"new_prompt_accuracy": others["all"]}
-        return {name: flags.float().mean().item() for name, flags in right.items()} | self.old(generate, Shapes())
+        new = {name: flags.float().mean().item() for name, flags in right.items()}
+        return new | self.old(generate, Shapes(captions="open"))
 
     def other_looks(self) -> list[tuple[str, str, str]]:
         """Colours, sizes and places that no instance has together, shuffled."""

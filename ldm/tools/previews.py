@@ -2,17 +2,23 @@
 
 import copy
 from collections.abc import Sequence
+from functools import singledispatch
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ldm.build import make
+from ldm.data.scenes import COLOURS, SHAPES
+from ldm.data.shapes import Shapes
 from ldm.diffusion.objective import DiffusionObjective
 from ldm.generate import Enlarging, generate
 from ldm.io.images import write_png
+from ldm.metrics.shapes import short_prompts
 from ldm.sampling import Sampling
 from ldm.tools.metrics import build_metrics, once
+from ldm.utils.errors import ConfigError
 from ldm.utils.images import labelled_grid
 
 
@@ -65,15 +71,40 @@ class Previews:
 
 
 class Samples:
-    """Images of held-out captions, or of every class in turn, each with its own seed, the same throughout the run."""
+    """Images of held-out captions, or of every class in turn, each with its own seed, the same throughout the run.
 
-    def __init__(self, count: int = 16, seed: int = 0):
-        self.count, self.seed = count, seed
+    Or of `prompts`, one image each. Raises ConfigError where the model reads no text.
+    """
+
+    def __init__(self, count: int = 16, seed: int = 0, prompts: Sequence[str] | None = None):
+        self.count, self.seed, self.given = count, seed, list(prompts or ())
 
     def __call__(self, draw, data, objective: nn.Module) -> tuple[Tensor, list[str]]:
-        prompts = [""] * self.count
-        if "caption" in objective.conditioner.fields:
-            prompts = data.prompts(self.count, self.seed)
-        elif "label" in objective.conditioner.fields:
-            prompts = [data.class_names[i % len(data.class_names)] for i in range(self.count)]
-        return draw(prompts, range(self.count)), prompts
+        prompts = self.given or self._prompts(data, objective.conditioner.fields)
+        if self.given and not objective.conditioner.fields & {"caption", "label"}:
+            raise ConfigError(
+                f"preview.prompts={self.given}: the model reads neither captions nor classes; leave it out"
+            )
+        return draw(prompts, range(len(prompts))), prompts
+
+    def _prompts(self, data, fields: set[str]) -> list[str]:
+        if "caption" in fields:
+            return held_out_prompts(data, self.count, self.seed)
+        if "label" in fields:
+            return [data.class_names[i % len(data.class_names)] for i in range(self.count)]
+        return [""] * self.count
+
+
+@singledispatch
+def held_out_prompts(data, count: int, seed: int) -> list[str]:
+    """What previews show of a dataset."""
+    return data.prompts(count, seed)
+
+
+@held_out_prompts.register
+def _(data: Shapes, count: int, seed: int) -> list[str]:
+    """Whole captions; where captions are open, every other prompt is a short one."""
+    prompts = data.prompts(count, seed)
+    if data.open:
+        prompts[1::2] = short_prompts(list(product(SHAPES, COLOURS)), count // 2, seed)
+    return prompts
