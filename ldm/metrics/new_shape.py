@@ -15,7 +15,8 @@ from ldm.utils.seeding import keys
 
 class NewShapeAccuracy:
     """Shares of images that show the new shape: "new_shape" of the instances' captions, "new_shape_in_context" of looks
-    that no instance had ("new_prompt_accuracy": and all else that is said). Of old shapes: see `PromptAccuracy`."""
+    that no instance had ("new_prompt_accuracy": and all else that is said). Of old shapes, whole captions that are held out:
+    see `PromptAccuracy`."""
 
     def __init__(self, shape: str = "crescent", num_images: int = 64, num_prompts: int = 256, seed: int = 0):
         self.shape, self.num_images, self.seed = shape, num_images, seed
@@ -26,8 +27,7 @@ class NewShapeAccuracy:
         known, others = (self._judge(generate, looks) for looks in (NewShape.LOOKS, self.other_looks()))
         right = {"new_shape": known["shape"], "new_shape_in_context": others["shape"]}
         right |= {"new_prompt_accuracy": others["all"]}
-        new = {name: flags.float().mean().item() for name, flags in right.items()}
-        return new | self.old(generate, Shapes(captions="open"))
+        return {name: flags.float().mean().item() for name, flags in right.items()} | self.old(generate, Shapes())
 
     def other_looks(self) -> list[tuple[str, str, str]]:
         """Colours, sizes and places that no instance has together, shuffled."""
