@@ -3,6 +3,7 @@
 Read `train` and `assemble` from top to bottom: the whole system, each part built from those above it.
 """
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,17 @@ def main(cfg: dict, path: Path) -> float | None:
 
 def train(cfg: dict, path: Path, device, world) -> dict:
     """Train in the run directory `path` until trainer.steps, from its newest checkpoint; returns its summary."""
+    from ldm.training.run import RunDirectory
+
+    resume = cfg.pop("resume", None)
+    run = RunDirectory(path, resume=resume and Path(resume))
+    with ExitStack() as stack:
+        world.first(lambda: stack.enter_context(run.lock()))
+        return train_in(run, cfg, device, world)
+
+
+def train_in(run, cfg: dict, device, world) -> dict:
+    """Train in a run directory that is ours."""
     from ldm.adapters.training import export
     from ldm.build import build_held_out, make, write_config
     from ldm.data.loader import batches
@@ -34,12 +46,11 @@ def train(cfg: dict, path: Path, device, world) -> dict:
     from ldm.training.distill import DistillationObjective
     from ldm.training.loop import fit, prepare
     from ldm.training.report import Hooks
-    from ldm.training.run import RunDirectory
 
-    resume = cfg.pop("resume", None)
+    path, resume = run.path, run.resume and str(run.resume)
     trainer, data = make(cfg["trainer"]), make(cfg["data"])
     data = with_class_images(cfg, data, path, device, world) if cfg["dreambooth"] else data
-    objective, adapters, network, images, files = assemble(cfg, data, path, resume, device, world)
+    objective, adapters, network, images, run.files = assemble(cfg, data, path, resume, device, world)
     if cfg["dreambooth"]:
         check_reads_text(objective)
     prepare(objective, network, trainer, device)
@@ -52,10 +63,8 @@ def train(cfg: dict, path: Path, device, world) -> dict:
                    world_size=world.size, workers=0 if cfg["cache"] else trainer.workers)  # fmt: skip
     previews = Previews(cfg, path, data if cfg["dreambooth"] else build_held_out(cfg["data"], data), objective, ema)
     logger = make(cfg["logger"], run_dir=path, config=cfg) if cfg["logger"] else None
-    hooks = Hooks(previews.sample, previews.evaluate, logger)
-    run = RunDirectory(path, cfg, files, resume and Path(resume))
-    if world.is_main:
-        write_config(path / "config.yaml", cfg)
+    hooks = Hooks(previews.sample, previews.evaluate, logger, lambda step: write_config(path / "config.yaml", cfg))
+    run.config = cfg
     with profiled(path, cfg["profile"]):
         summary = fit(objective, lambda step: feed(start_step=step), optimizer, trainer, run, ema=ema, hooks=hooks,
                       lr_schedule=make(cfg["lr_schedule"]), world=world, seed=cfg["seed"])  # fmt: skip

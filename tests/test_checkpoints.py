@@ -1,11 +1,16 @@
 """Checkpoint directories: complete or absent, verified before they are believed, of the network that reads them."""
 
+import errno
+import fcntl
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
+import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +19,7 @@ import toy
 
 from ldm.io import checkpoints
 from ldm.io.checkpoints import commit, latest, point_last, prune, step_directory, verify
+from ldm.io.files import say_once
 from ldm.io.tensors import read_tensors
 from ldm.training.checkpoint import find, load_config, load_files, load_weights
 from ldm.training.run import RunDirectory
@@ -65,6 +71,59 @@ def test_prune_counts_only_whole_checkpoints(tmp_path):
     prune(tmp_path, 2)
     assert [step for step, _ in checkpoints.steps(tmp_path)] == [4, 3, 2]
     assert latest(tmp_path)[0] == step_directory(tmp_path, 4)
+
+
+def flip(path: Path) -> None:
+    """One bit, in place, as a failing disk does it."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    with open(path, "r+b") as file:
+        file.write(data)
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_prune_counts_flipped_bits_and_spares_the_last_whole_ones(settled, tmp_path, monkeypatch):
+    if settled:  # as after seconds, when sums are remembered
+        monkeypatch.setattr(checkpoints, "SETTLED", -1.0)
+    for step in (1, 2, 3, 4, 5):
+        make(tmp_path, step)
+        prune(tmp_path, 5)
+    for step in (5, 4, 2):
+        time.sleep(0.01)
+        flip(tmp_path / f"step_{step:08d}/data")
+    prune(tmp_path, 2)
+    assert [step for step, _ in checkpoints.steps(tmp_path)] == [5, 4, 3, 2, 1]
+    spare = make(tmp_path, 6)
+    flip(spare / "data")
+    prune(tmp_path, 2, spare=spare)
+    make(tmp_path, 7)
+    prune(tmp_path, 2, spare=tmp_path / "step_00000002")
+    assert [step for step, _ in checkpoints.steps(tmp_path)] == [7, 6, 5, 4, 3, 2]
+
+
+def test_prune_reads_large_files_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "SETTLED", -1.0)
+    read, sha256 = [], checkpoints.sha256
+    monkeypatch.setattr(checkpoints, "sha256", lambda path: read.append(path.parent.name) or sha256(path))
+    for step in range(1, 8):
+        make(tmp_path, step)
+        prune(tmp_path, 2)
+    assert len(read) == 7 and all(name.startswith(".tmp-") for name in read)  # each when it was written
+    latest(tmp_path)
+    assert read[7:] == ["step_00000007"]  # but what training continues from is always read
+
+
+def test_a_disk_that_cannot_read_a_file_has_a_damaged_checkpoint(tmp_path, monkeypatch):
+    older, newest = make(tmp_path, 1), make(tmp_path, 2)
+    sha256 = checkpoints.sha256
+
+    def failing(path):
+        if path.parent == newest:
+            raise OSError(errno.EIO, "Input/output error")
+        return sha256(path)
+
+    monkeypatch.setattr(checkpoints, "sha256", failing)
+    assert latest(tmp_path) == (older, [f"{newest} is damaged: data cannot be read (Input/output error)"])
 
 
 def test_a_damaged_checkpoint_is_replaced_and_a_whole_one_is_not(tmp_path):
@@ -169,6 +228,75 @@ def test_a_run_directory_that_cannot_be_written_is_one_line(tmp_path):
         toy.train(tmp_path / "file" / "run")
 
 
+# --- file systems that lack something -------------------------------------------------------------------------------
+
+
+def without_links(patch):
+    def refuse(*arguments):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    patch.setattr(os, "symlink", refuse)
+    patch.setattr(os, "link", refuse)
+
+
+def without_locks(patch, number=errno.ENOLCK):
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    patch.setattr(fcntl, "lockf", refuse)
+
+
+def without_flushed_directories(patch, number=errno.EINVAL):
+    def fsync(descriptor, original=os.fsync):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        original(descriptor)
+
+    patch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("lack", [without_links, without_locks, without_flushed_directories])
+def test_what_a_file_system_lacks_is_said_once(lack, tmp_path, trained, monkeypatch, capsys):
+    say_once.cache_clear()
+    lack(monkeypatch)
+    toy.train(tmp_path / "run")
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert " on this disk" in said or " to this disk" in said or "no locks here" in said
+    toy.train(tmp_path / "run", steps=15)
+    monkeypatch.undo()
+    assert [step for step, _ in checkpoints.steps(tmp_path / "run/checkpoints")] == [15, 12]
+    for name in ("model", "frozen", "ema", "optimizer"):
+        both = [path / f"checkpoints/step_00000012/{name}.safetensors" for path in (tmp_path / "run", trained)]
+        assert both[0].read_bytes() == both[1].read_bytes()
+
+
+def test_a_file_stands_for_the_link(run, monkeypatch):
+    without_links(monkeypatch)
+    last = run / "checkpoints/last"
+    last.unlink()
+    point_last(run / "checkpoints/step_00000009")
+    assert last.read_text() == "step_00000009\n"
+    assert find(last) == run / "checkpoints/step_00000009" and find(run).name == "step_00000012"
+    monkeypatch.undo()
+    point_last(run / "checkpoints/step_00000012")
+    assert os.readlink(last) == "step_00000012"
+    last.unlink()
+    shutil.copytree(run / "checkpoints/step_00000009", last)  # as `cp -rL` leaves it
+    toy.train(run, steps=15)
+    assert find(run).name == "step_00000015"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_disk_that_fails_is_not_one_that_lacks_something(number, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        without_flushed_directories(patch, number)
+        with pytest.raises(CheckpointError, match=re.escape(os.strerror(number))):
+            toy.train(tmp_path / "a")
+    without_locks(monkeypatch, errno.EIO)
+    with pytest.raises(ConfigError, match="Input/output error"):
+        toy.train(tmp_path / "b")
+
+
 # --- what a checkpoint holds ----------------------------------------------------------------------------------------
 
 
@@ -191,9 +319,17 @@ def test_contents(trained):
     assert all(path.stat().st_mode & 0o777 == 0o666 & ~mask for path in last.iterdir())
 
 
-def test_unchanged_frozen_tensors_are_shared_and_changed_ones_are_not(trained, tmp_path):
-    newest, older = (directory / "frozen.safetensors" for _, directory in checkpoints.steps(trained / "checkpoints"))
-    assert newest.samefile(older)
+def frozen_files(run: Path) -> dict[int, int]:
+    """The file of frozen tensors of every checkpoint, as its number on disk."""
+    return {step: (path / "frozen.safetensors").stat().st_ino for step, path in checkpoints.steps(run / "checkpoints")}
+
+
+def test_unchanged_frozen_tensors_are_in_two_files_that_take_turns(tmp_path):
+    toy.train(tmp_path / "a", keep=4)
+    shared = frozen_files(tmp_path / "a")
+    assert shared[12] == shared[6] != shared[9] == shared[3]
+    toy.train(tmp_path / "a", keep=4, steps=15)  # and so they do where training continues
+    assert frozen_files(tmp_path / "a") == {15: shared[9], 12: shared[6], 9: shared[9], 6: shared[6]}
     changed = toy.Toy()
 
     def source(step):  # as a teacher that follows its student is: frozen, but not constant
@@ -201,24 +337,38 @@ def test_unchanged_frozen_tensors_are_shared_and_changed_ones_are_not(trained, t
             changed.codec.bias.data.add_(1)
             yield batch
 
-    toy.train(tmp_path / "b", toy=changed, source=source)
-    newest, older = (directory / "frozen.safetensors" for _, directory in checkpoints.steps(tmp_path / "b/checkpoints"))
-    assert not newest.samefile(older)
+    toy.train(tmp_path / "b", toy=changed, source=source, keep=4)
+    assert len(set(frozen_files(tmp_path / "b").values())) == 4
 
 
-def test_damaged_frozen_tensors_are_not_shared(tmp_path):
-    toy.train(tmp_path)
-    run = tmp_path
-    shared = run / "checkpoints/last/frozen.safetensors"
-    data = bytearray(shared.read_bytes())
-    data[-1] ^= 1
+def test_one_flipped_bit_in_frozen_tensors_costs_one_checkpoint_of_two(run, trained):
+    flip(run / "checkpoints/step_00000012/frozen.safetensors")
+    assert latest(run / "checkpoints")[0].name == "step_00000009"
+    toy.train(run)
+    assert toy.digest(run) == toy.digest(trained)
+
+
+def test_the_newest_whole_checkpoint_is_not_shared_with_whatever_else_is_damaged(run):
+    flip(run / "checkpoints/step_00000012/model.safetensors")
+    toy.train(run, steps=10, save_every=1)
+    files = frozen_files(run)
+    assert files[10] != files[9]
+
+
+def test_damaged_frozen_tensors_are_not_shared(run):
+    frozen = {d: d / "frozen.safetensors" for _, d in checkpoints.steps(run / "checkpoints")}
+    good = (run / "checkpoints/last/frozen.safetensors").read_bytes()
 
     def source(step):
-        shared.write_bytes(data)  # in place: both checkpoints are damaged while the run goes on
+        for path in frozen.values():  # in place, while the run goes on
+            flip(path)
         return toy.batches(step)
 
     toy.train(run, source=source, steps=15)
-    assert verify(run / "checkpoints/last")["step"] == 15
+    newest = run / "checkpoints/last/frozen.safetensors"
+    assert verify(newest.parent)["step"] == 15
+    assert newest.stat().st_ino not in {path.stat().st_ino for path in frozen.values() if path.exists()}
+    assert newest.read_bytes() == good
 
 
 class Wrapped(torch.nn.Module):

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ldm.io.checkpoints import commit, latest, point_last, prune, read_object, sha256, step_directory, verify
+from ldm.io.checkpoints import (
+    commit, followed, latest, point_last, prune, read_object, sha256, step_directory, verify, whole,
+)  # fmt: skip
 from ldm.io.files import read_bytes
 from ldm.io.tensors import read_tensors, write_tensors
 from ldm.io.text import decode_text, read_config, write_json
@@ -57,7 +59,7 @@ def save(
 
     def write(temporary: Path) -> None:
         write_tensors(temporary / "model.safetensors", trained, metadata)
-        if frozen and not _link_frozen(run.checkpoints / "last", temporary, digest):
+        if frozen and not any(_link_frozen(older, temporary, digest) for older in whole(run.checkpoints)[1:]):
             write_tensors(temporary / "frozen.safetensors", frozen)
         if ema:
             write_tensors(temporary / "ema.safetensors", ema.state_dict(), metadata)
@@ -70,7 +72,7 @@ def save(
     directory = commit(step_directory(run.checkpoints, step), write, step)
     point_last(directory)
     verify(directory, content=False)
-    prune(run.checkpoints, keep)
+    prune(run.checkpoints, keep, spare=directory)
     return directory
 
 
@@ -97,7 +99,10 @@ def _digest(frozen: Mapping[str, Tensor]) -> str:
 
 
 def _link_frozen(previous: Path, temporary: Path, digest: str) -> bool:
-    """Share the previous checkpoint's file of frozen tensors if it is intact and they have not changed since."""
+    """Share an older checkpoint's file of frozen tensors if it is intact and they have not changed since.
+
+    It is never that of the newest one: two files take turns, so that one flipped bit leaves every second checkpoint.
+    """
     name = "frozen.safetensors"
     try:
         entry = verify(previous, content=False)["files"].get(name)
@@ -129,7 +134,7 @@ def _parameters(objective: nn.Module) -> dict[str, nn.Parameter]:
 
 def find(path: Path) -> Path:
     """The checkpoint directory that a run directory (its newest whole one) or a checkpoint directory stands for."""
-    path = Path(path)
+    path = followed(Path(path))
     if (path / "manifest.json").is_file():
         verify(path)
         return path

@@ -32,6 +32,7 @@ class Hooks:
     on_sample: Callable[[int], Path | None] | None = None  # on_sample(step) -> a picture for the logger
     on_eval: Callable[[int], Mapping[str, float]] | None = None  # on_eval(step) -> numbers for the record
     logger: Callable[[], Logger] | None = None
+    on_start: Callable[[int], None] | None = None  # on_start(step), once the run is where it left off
 
 
 class Report:
@@ -55,6 +56,8 @@ class Report:
         if self.world.is_main:
             self.metrics = MetricsLog(self.directory / "metrics.jsonl", self.start - bool(self.unreported))
             self.logger = Isolated(self.hooks.logger, self.say) if self.hooks.logger else None
+            if self.hooks.on_start:
+                self._call("writing down the settings", self.hooks.on_start, self.start)
             if self.unreported:
                 self._publish(self.unreported)
         return self

@@ -1,14 +1,15 @@
 """A run directory: who may write to it, and where training continues from."""
 
 import contextlib
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from ldm.io.checkpoints import latest, point_last, sweep
+from ldm.io.files import hold, sweep_temporaries
 from ldm.training.checkpoint import find, load_config, load_files
 from ldm.utils.errors import CheckpointError, ConfigError
 
@@ -21,6 +22,7 @@ class RunDirectory:
     config: dict = field(default_factory=dict)  # resolved
     files: dict[str, bytes] = field(default_factory=dict)  # extra files by name, e.g. {"tokenizer.json": ...}
     resume: Path | None = None  # a run or checkpoint directory to continue from when this one has no checkpoint
+    held: bool = field(default=False, init=False)  # by `lock`
 
     @property
     def checkpoints(self) -> Path:
@@ -28,25 +30,39 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run directory: two writers would delete each other's checkpoints.  Raises ConfigError."""
+        """Hold the run directory: two writers would delete each other's checkpoints.  Raises ConfigError.
+
+        Whoever has it already, as the command that builds what is trained here, may ask again.
+        """
+        if self.held:
+            yield
+            return
+        with self._claim():
+            folders = [path for path in Path(self.path).iterdir() if path.is_dir() and path != self.checkpoints]
+            sweep_temporaries(Path(self.path), *folders)
+            self.held = True
+            try:
+                yield
+            finally:
+                self.held = False
+
+    def _claim(self) -> TextIO:
+        """The lock file, which says whose it is, to be closed at the end."""
         lock = Path(self.path) / "run.lock"
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = open(lock, "a+")
+            if hold(file):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+                return file
         except OSError as error:
             raise ConfigError(f"run directory {self.path} cannot be written: {error.strerror}") from error
         with file:
-            try:
-                # Not flock: forked data workers would share it and outlive a killed run by seconds.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise ConfigError(f"{self.path} is being written by {holder}; stop it or choose another") from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            yield
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ConfigError(f"{self.path} is being written by {holder}; stop it or choose another")
 
     def last_good(self) -> str:
         """The end of an error message: what is safe."""
@@ -74,7 +90,7 @@ class RunDirectory:
 
 def continued(path: Path, resume: str | Path | None) -> tuple[dict, dict[str, str]]:
     """Config and files of the checkpoint that training in `path` will continue from; empty for a new run."""
-    directory, _ = latest(Path(path) / "checkpoints", content=False)
+    directory, _ = latest(Path(path) / "checkpoints")
     if directory is None and resume:
         directory = find(Path(resume))
     return (load_config(directory), load_files(directory)) if directory else ({}, {})
