@@ -5,10 +5,8 @@ of the network (`???` in its YAML). Every function takes plain dicts; nothing be
 `networks` are those that are there already, with published weights: "network", "autoencoder", text encoders by name.
 """
 
-import difflib
 import importlib
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.utils.errors import ConfigError, DataError
+from ldm.utils.suggest import explain, nearest
 
 if TYPE_CHECKING:  # torch is imported when the first object is built, not when a config is composed
     from torch import nn
@@ -45,7 +44,7 @@ def compose(config_name: str, overrides: Iterable[str] = ()) -> dict:
         with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
             return plain(hydra.compose(config_name, overrides=list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error, config_name)) from error
+        raise ConfigError(explain(error, lambda: compose(config_name))) from error
     finally:
         GlobalHydra.instance().hydra = outer
 
@@ -53,38 +52,6 @@ def compose(config_name: str, overrides: Iterable[str] = ()) -> dict:
 def plain(cfg: DictConfig) -> dict:
     """Resolved dict of a config; `???` stays where the wiring will fill a number in."""
     return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
-
-
-def explain(error: Exception, config_name: str) -> str:
-    """One line for a Hydra or OmegaConf error, with the nearest name when a key or a file does not exist."""
-    text = " ".join(str(error).split())
-    if match := re.search(r"Could not override '([^']+)'|[Kk]ey '([^']+)' is not in struct", text):
-        key = match.group(1) or match.group(2)
-        return f"there is no setting '{key}'" + nearest(key, _keys(compose(config_name)))
-    if match := re.search(r"[Cc]ould not find '([^']+)'", text):
-        group, _, name = match.group(1).rpartition("/")
-        options = sorted(p.stem for p in Path(config_dir(), group).glob("*.yaml"))
-        return f"there is no {group}={name}{nearest(name, options)}; choose from: {', '.join(options)}"
-    return text
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` or nothing."""
-    known = list(known)
-    last = {k.rpartition(".")[2]: k for k in reversed(known)}
-    close = difflib.get_close_matches(name, known, 1, 0.6) or [
-        last[k] for k in difflib.get_close_matches(name.rpartition(".")[2], last, 1, 0.6)
-    ]
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
-def _keys(cfg: dict, prefix: str = "") -> list[str]:
-    keys = []
-    for name, value in cfg.items():
-        keys.append(prefix + name)
-        if isinstance(value, dict):
-            keys += _keys(value, f"{prefix}{name}.")
-    return keys
 
 
 def locate(target: str) -> Callable:

@@ -1,7 +1,6 @@
 """The command line of `train.py` and `sample.py`: Hydra, answers before torch is imported, errors in one line."""
 
 import os
-import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -15,9 +14,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.build import config_dir, explain, plain
+from ldm.build import config_dir, plain
 from ldm.tools.jobs import run_job
+from ldm.tools.words import base, groups, options, readable, sort_out
 from ldm.utils.errors import ConfigError, LdmError
+from ldm.utils.suggest import explain
 
 
 def entry(config_name: str) -> Callable:
@@ -45,13 +46,15 @@ def entry(config_name: str) -> Callable:
             if {"--help", "-h"} & set(sys.argv):
                 return print(usage(config_name))
             os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed by Hydra
+            typed = sys.argv[1:]
             try:
+                sys.argv[1:] = readable(typed, config_name)
                 _adapt_to_torchrun(sys.argv)
                 program()
             except (LdmError, HydraException, OmegaConfBaseException, OSError, KeyboardInterrupt) as error:
                 if full_traceback:
                     raise
-                _fail(*_line(error, config_name))
+                _fail(*_line(error, config_name, sys.argv[1:]))
             finally:
                 os.environ["HYDRA_FULL_ERROR"] = "1" if full_traceback else "0"
 
@@ -64,25 +67,23 @@ def usage(config_name: str) -> str:
     """What --help prints: the root config with its comments, and every option of every group."""
     root = (config_dir() / f"{config_name}.yaml").read_text()
     intro, _, rest = root.partition("defaults:\n")
-    defaults, _, keys = rest.partition("\n\n")
-    chosen = dict(re.findall(r"^  - (\w+): (\w+)", defaults, re.MULTILINE))
-    groups = [f"{group}={name}".ljust(34) + _options(group, name) for group, name in chosen.items()]
+    _, _, keys = rest.partition("\n\n")
+    listed = [
+        f"{group}={name}".ljust(34) + " ".join(option for option in options(group) if option != name)
+        for group, name in groups(config_name).items()
+    ]
     keys = keys.partition("\nhydra:")[0].strip()
     return "\n".join(
         [
             intro.replace("# ", "").strip(),
             f"\nusage: python {config_name}.py [group=option] [key=value] [group.key=value] [-m key=a,b]",
             "\ngroups, as chosen by default, and their other options (every key of a group: --cfg job):\n",
-            *groups,
+            *listed,
             "\nkeys:\n",
             keys,
             "\n-m sweeps over comma-separated values; HYDRA_FULL_ERROR=1 shows tracebacks; Hydra's flags: --hydra-help",
         ]
     )
-
-
-def _options(group: str, chosen: str) -> str:
-    return " ".join(sorted(p.stem for p in (config_dir() / group).glob("*.yaml") if p.stem != chosen))
 
 
 def _adapt_to_torchrun(argv: list[str]) -> None:
@@ -96,13 +97,13 @@ def _adapt_to_torchrun(argv: list[str]) -> None:
         argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
 
 
-def _line(error: Any, config_name: str) -> tuple[object, int]:
+def _line(error: Any, config_name: str, words: list[str]) -> tuple[object, int]:
     if isinstance(error, LdmError):
         return error, error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return explain(error, config_name), ConfigError.exit_code
+        return explain(error, lambda: base(*sort_out(words), config_name)), ConfigError.exit_code
     return f"{error.filename}: {error.strerror}", ConfigError.exit_code
 
 
