@@ -64,9 +64,7 @@ def read_sized_image(
         return pixels, _upright(image, size)
 
 
-def read_size(
-    source: str | os.PathLike | bytes, *, max_pixels: int = MAX_PIXELS, name: str | None = None
-) -> Size:
+def read_size(source: str | os.PathLike | bytes, *, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Size:
     """The size of an image from the header of its file: no pixel is decoded. Raises DataError."""
     with _opened(source, name, max_pixels) as image:
         return _upright(image, image.size)
