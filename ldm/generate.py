@@ -290,8 +290,10 @@ def codec_of_run(node: dict, source: Path, data: Any) -> tuple[LatentCodec, dict
     run = load_run(source)
     autoencoder = run.objective.autoencoder
     if node["scale"] is None:
-        images = torch.stack([data[index]["image"] for index in range(min(len(data), SCALE_IMAGES))])
-        codec = LatentCodec.measured(autoencoder, images)
+        images = [data[index]["image"] for index in range(min(len(data), SCALE_IMAGES))]
+        sizes = {image.shape: None for image in images}  # several with data.buckets=true
+        batches = [torch.stack([image for image in images if image.shape == size]) for size in sizes]
+        codec = LatentCodec.measured(autoencoder, batches)
     else:
         codec = LatentCodec(autoencoder, node["scale"], node["shift"] or 0.0)
     numbers = {"scale": codec.scale.flatten().tolist(), "shift": codec.shift.flatten().tolist()}

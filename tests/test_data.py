@@ -118,7 +118,7 @@ def test_splits_are_disjoint_whole_and_stable(tmp_path):
 PNG = picture((9, 9, 9))
 BAD_FOLDERS = {
     "empty": ({}, "found nothing"),
-    "other files": ({"a.gif": b"", "b.gif": b"", "c": b""}, "2 .gif, 1 no suffix"),
+    "other files": ({"a.mp4": b"", "b.mp4": b"", "c": b""}, "2 .mp4, 1 no suffix"),
     "only broken": ({"a.png": b"x", "b.png": PNG[:45], "c.jpg": b""}, "are broken"),
     "missing sidecar": ({"a.png": PNG, "b.png": PNG, "a.txt": "cat"}, "'b.txt' for 'b.png' (1 of 2"),
     "empty sidecar": ({"a.png": PNG, "a.txt": " \n"}, "a.txt: the caption is empty"),

@@ -285,8 +285,10 @@ NOISE = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 3
 BAD_IMAGES = {
     "empty": b"",
     "text": b"GIF89a is not read" * 20,
-    "gif": encoded(Image.new("L", (4, 4)), "GIF"),
-    "tiff": encoded(Image.new("L", (4, 4)), "TIFF"),
+    "ico": encoded(Image.new("L", (16, 16)), "ICO"),
+    "fractions": encoded(Image.new("F", (4, 4), 0.5), "TIFF"),
+    "32 bits": encoded(Image.new("I", (4, 4), 1 << 20), "TIFF"),
+    "25 Mpx": png(8, 2, b"", width=5000, height=5000),
     "cut png": NOISE[:-400],
     "cut jpeg": encoded(Image.open(io.BytesIO(NOISE)), "JPEG")[:-300],
     "flipped bit": NOISE[:600] + bytes([NOISE[600] ^ 1]) + NOISE[601:],

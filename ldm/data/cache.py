@@ -271,7 +271,8 @@ def _(dataset: ImageFolder) -> str:
 def _(dataset: ImageFolder) -> str:
     path = dataset.folder.path
     files = [path] if path.is_file() else [path / sample.name for sample in dataset.samples]
-    return digest(*(f"{found.st_size} {found.st_mtime_ns}" for found in map(Path.stat, files)))
+    found = [file.stat() if file.exists() else None for file in files]  # one that is gone by now is named when read
+    return digest(*(f"{stat.st_size} {stat.st_mtime_ns}" if stat else "gone" for stat in found))
 
 
 @identity.register
@@ -288,6 +289,6 @@ def digest(*parts: str | bytes) -> str:
     """sha256 of texts and bytes, each with its length."""
     whole = hashlib.sha256()
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
+        data = part.encode(errors="surrogateescape") if isinstance(part, str) else part
         whole.update(b"%d " % len(data) + data)
     return whole.hexdigest()

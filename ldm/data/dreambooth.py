@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.cache import digest, identity, stamp
 from ldm.data.images import ImageFolder
-from ldm.data.loader import collate, facts, groups
+from ldm.data.loader import collate, facts, groups, summary
 from ldm.io.images import SUFFIXES, read_png_text
 from ldm.utils.errors import ConfigError, DataError
 
@@ -136,6 +136,11 @@ def _(dataset: Mixture) -> Tensor | None:
     if len(every) == 1 or all(part is None for part in every):
         return every[0]
     raise ConfigError("data.buckets=true mixes with no class images, which are squares; set data.buckets=false")
+
+
+@summary.register
+def _(dataset: Mixture) -> str:
+    return "\n".join(summary(part) for part in dataset.parts)
 
 
 @identity.register

@@ -69,6 +69,12 @@ def facts(dataset: Dataset, items: Tensor) -> dict[str, Any]:
     return collate([{name: value for name, value in item.items() if name not in ("image", "size")} for item in every])
 
 
+@singledispatch
+def summary(dataset: Dataset) -> str:
+    """What somebody who is about to train wants to know of it, in a few lines."""
+    return f"{len(dataset):,} items of {type(dataset).__name__}"
+
+
 @groups.register
 def _(dataset: Subset) -> Tensor | None:
     every = groups(dataset.dataset)

@@ -86,15 +86,21 @@ class LatentCodec(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def measured(cls, autoencoder: AutoencoderKL, images: Tensor, *, per_channel: bool = True) -> "LatentCodec":
-        """Scale and shift that give the latents of these images (B 3 H W uint8) mean 0 and standard deviation 1."""
+    def measured(
+        cls, autoencoder: AutoencoderKL, batches: Sequence[Tensor], *, per_channel: bool = True
+    ) -> "LatentCodec":
+        """Scale and shift that give the latents of these images mean 0 and standard deviation 1.
+
+        batches: (B 3 H W) uint8, each of its own size.
+        """
         codec = cls(autoencoder)
-        mean, logvar = torch.cat([codec.moments(chunk) for chunk in images.split(64)]).double().chunk(2, 1)  # B C h w
-        axes = (0, 2, 3) if per_channel else (0, 1, 2, 3)
+        parts = [codec.moments(chunk) for batch in batches for chunk in batch.split(64)]  # B 2C h w
+        mean, logvar = torch.cat([part.transpose(0, 1).flatten(1) for part in parts], 1).double().chunk(2)  # C N
+        axes = (1,) if per_channel else (0, 1)
         shift = mean.mean(axes, keepdim=True)
         variance = (mean - shift).square().mean(axes) + logvar.exp().mean(axes)  # law of total variance
         codec.scale.copy_(variance.rsqrt().view(-1, 1, 1))
-        codec.shift.copy_(shift[0])
+        codec.shift.copy_(shift.view(-1, 1, 1))
         return codec
 
     @torch.no_grad()
