@@ -39,9 +39,12 @@ class Options:
 
 UNSAID = Options()
 
-def system_of(weights: str | Path, name: str | None = None, parts: Parts = NONE) -> str:
+
+def system_of(
+    weights: str | Path, name: str | None = None, parts: Parts = NONE, options: Options = UNSAID
+) -> str:
     """The name of the system, a file of configs/system: the one given, or what the weights look like."""
-    return name or identify(Path(weights), parts, has_texts=True)
+    return name or identify(Path(weights), parts, has_texts=True, strict=options.strict)
 
 
 def load_published(
@@ -52,7 +55,7 @@ def load_published(
     dtype: str = "fp32",
     device: torch.device | str = "cpu",
     variant: str | None = None,
-    ema: bool = True,
+    ema: bool | None = None,  # averaged weights where a file has both: `ldm.weights.load_model`
     parts: Parts = NONE,  # "vae", "text_encoder": where they are, if not with the weights
     formula: str | None = None,  # of a DiT: original, diffusers
     texts: KnownTexts | None = None,  # read before (`read_texts`): no text encoder is loaded
@@ -61,9 +64,9 @@ def load_published(
     """A diffusers folder or an original file as a `Run`. Raises WeightsError."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}")
-    name = system_of(weights, system, parts)
+    name = system_of(weights, system, parts, options)
     found = load_system(Path(weights), DTYPES[dtype], device, name=name, variant=variant, ema=ema, parts=parts,
-                        formula=formula, has_texts=texts is not None)  # fmt: skip
+                        formula=formula, has_texts=texts is not None, strict=options.strict)  # fmt: skip
     cfg = compose("train", [f"system={name}", *overrides(found.settings)])
     if texts is not None:
         check_texts(texts, cfg["conditioner"], found)

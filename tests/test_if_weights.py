@@ -134,8 +134,8 @@ def test_config_yml_of_the_authors():
     assert if_from_yml(params, shapes).items() <= if_arguments(net).items()
     assert if_from_yml(params | {"disable_self_attentions": True}, shapes)["self_attention"] is False
     assert if_from_yml(params | {"scale_skip_connection": False}, shapes)["skip_scale"] == 1
-    with pytest.raises(WeightsError, match="num_head_channels=32, this network is for 64 only"):
-        if_from_yml(params | {"num_head_channels": 32}, shapes)
+    with pytest.raises(WeightsError, match="use_scale_shift_norm=False, this network is for True only"):
+        if_from_yml(params | {"use_scale_shift_norm": False}, shapes)
 
 
 @pytest.mark.parametrize(
@@ -159,5 +159,3 @@ def test_configs_of_other_networks(changes, message):
 def test_networks_without_a_place():
     with pytest.raises(WeightsError, match="text_norm=layer.* no place in a published layout"):
         if_to_config(tiny(text_norm="layer"))
-    with pytest.raises(WeightsError, match="head_dim=32 has no place in the original layout, which has 64"):
-        if_to_yml(tiny(head_dim=32))

@@ -24,8 +24,9 @@ from ldm.tools.convert import main as convert
 from ldm.utils.errors import ConfigError, WeightsError
 from ldm.weights import load_model, save_model
 from ldm.weights.components import UNET, VAE
-from ldm.weights.detect import SCHEDULE, looks_like
+from ldm.weights.detect import looks_like
 from ldm.weights.formats import check_bounds
+from ldm.weights.parts import SCHEDULE
 
 SMALL = dict(channels=32, channel_mult=[1, 2], num_res_blocks=1, depth=[1, 1, 1], head_dim=[4, 8])
 SD = dict(SMALL, context_dim=768, linear_projection=False)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ldm.io.inert import PickledTensor, read_pickle
-from ldm.io.tensors import DTYPES, PICKLES, read_header, read_tensors
+from ldm.io.magic import format_of
+from ldm.io.tensors import DTYPES, read_header, read_tensors
 from ldm.utils.errors import WeightsError
 
 BLOCK = 1 << 22  # elements
@@ -90,9 +91,9 @@ class InMemory:
 def index_tensors(path: str | os.PathLike) -> dict[str, Stored]:
     """Every tensor of a .safetensors file or a torch pickle by name, none of them read yet. Raises WeightsError."""
     path = Path(path)
-    if path.suffix not in PICKLES:
+    if format_of(path) == "safetensors":
         return _index_safetensors(path)
-    if path.is_file() and zipfile.is_zipfile(path):
+    if zipfile.is_zipfile(path):
         return _index_pickle(path)
     return {name: InMemory(tensor) for name, tensor in read_tensors(path).items()}  # from before torch 1.6
 

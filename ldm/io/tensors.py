@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.io.files import replacing
+from ldm.io.magic import PICKLES, format_of
 from ldm.io.text import parse_json
 from ldm.utils.errors import WeightsError
 
-PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 MAX_HEADER = 16 << 20  # bytes; the longest published header is under 1 MB
 MAX_TENSORS = 200_000
 MAX_NAME = 512
@@ -44,7 +44,7 @@ class Header(NamedTuple):
 def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """All tensors of a .safetensors file or a torch pickle (.pt .pth .ckpt .bin), on the CPU. Raises WeightsError."""
     path = Path(path)
-    if path.suffix in PICKLES:
+    if format_of(path) == "torch":
         return _read_pickle(path)
     read_header(path)
     try:
@@ -56,8 +56,8 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
 def read_header(path: str | os.PathLike) -> Header:
     """Names, shapes, dtypes and metadata of a safetensors file, checked against its size. Raises WeightsError."""
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise WeightsError(f"{path}: expected a file ending in .safetensors {' '.join(PICKLES)}")
+    if format_of(path) != "safetensors":
+        raise WeightsError(f"{path}: a file of torch's ({' '.join(PICKLES)}), expected safetensors")
     try:
         with open(path, "rb") as file:
             table, space = _header_table(file, os.fstat(file.fileno()).st_size, path)

@@ -37,7 +37,8 @@ def convert(
     layout: str,
     component: str | None = None,
     *,
-    ema: bool = True,
+    ema: bool | None = None,
+    strict: bool = True,
     dtype: str | None = None,  # of the copy; without it no bit of a weight changes
     tokenizer: Path | None = None,  # a vocabulary for the pipeline, where SRC has none
     system: str | None = None,  # a file of configs/system, where SRC does not show that it is sd21_base
@@ -53,7 +54,7 @@ def convert(
         names = [component]
     elif unknown := [name for name in names if name not in FOLDERS]:
         raise WeightsError(f"{src}: no conversion is known for {', '.join(unknown)}; choose one with --component")
-    sources = open_sources(src, ema=ema)
+    sources = open_sources(src, ema=ema, strict=strict)
     if not names or (lacking := [name for name in names if name not in sources]):
         what = f"no {lacking[0]}" if names else "nothing to convert"
         raise WeightsError(f"{src}: there is {what}; the components are {', '.join(sources) or 'none'}")
@@ -114,14 +115,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("dst", type=Path, metavar="DST", help="a new folder, or with original a .safetensors file")
     parser.add_argument("--layout", choices=LAYOUTS, required=True, help="of DST")
     parser.add_argument("--component", help="convert this one only: " + ", ".join(FOLDERS))
-    parser.add_argument("--no-ema", action="store_true", help="of a training checkpoint, the weights not averaged")
+    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help="the averaged weights, where SRC has both")
+    parser.add_argument("--no-strict", dest="strict", action="store_false", help="leave out tensors of no known part")
     parser.add_argument("--dtype", choices=DTYPES, help="of DST; by default as in SRC, bit for bit")
     parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="a vocabulary, for a file, which has none")
     parser.add_argument("--system", metavar="NAME", help="sd21_base, where SRC is that and does not show it")
     chosen = vars(parser.parse_args(arguments))
-    ema = not chosen.pop("no_ema")
     try:
-        names = convert(**chosen, ema=ema)
+        names = convert(**chosen)
     except LdmError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

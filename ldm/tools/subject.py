@@ -22,7 +22,7 @@ def as_published(cfg: dict, given: Sequence[str]) -> dict:
         return cfg
     if not isinstance(cfg["weights"], str):
         raise ConfigError(f"weights={cfg['weights']}: expected the path of one file or folder")
-    name = system_of(cfg["weights"], cfg["kind"], parts_of(cfg))
+    name = system_of(cfg["weights"], cfg["kind"], parts_of(cfg), Options(**cfg["published"]))
     chosen = {override.partition("=")[0].lstrip("+~") for override in given}
     theirs = [line for line in compose("train", [f"system={name}"])["sampling"] if not _is_replaced(line, chosen)]
     return {**compose("sample", [*theirs, *given]), "kind": name}
@@ -53,7 +53,7 @@ def load_subject(cfg: dict, texts: KnownTexts | None = None) -> tuple[Run, Refin
     if cfg["run"]:
         if unused := [name for name in OF_WEIGHTS if cfg[name] not in (None, "fp32")]:
             raise ConfigError(f"{', '.join(unused)} can be set for weights= only, and this is a run")
-        run = load_run(cfg["run"], device=pick_device(cfg["device"]), ema=cfg["averaged"])
+        run = load_run(cfg["run"], device=pick_device(cfg["device"]), ema=cfg["averaged"] is not False)
         attach(run, cfg)
         return run, None
     refiner = _published(cfg, cfg["refiner"], "sdxl_refiner", {}) if cfg["refiner"] else None

@@ -35,8 +35,8 @@ from ldm.weights.formats import Config, Shapes
 class Layout(NamedTuple):
     """Published names to ours and back."""
 
-    read: Callable[[Mapping[str, Tensor], Iterable[str]], dict[str, Tensor]]  # state, our keys -> our state
-    write: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # our state -> state
+    read: Callable[..., dict[str, Tensor]]  # state, our keys -> our state
+    write: Callable[..., dict[str, Tensor]]  # our state -> state
 
 
 class Component(NamedTuple):
@@ -54,12 +54,22 @@ class Component(NamedTuple):
     to_config: Callable[[Any], Config]  # network -> config.json
     computed: Callable[[Any], dict[str, Tensor]] = lambda net: {}  # what original files store besides its state
     formulas: Mapping[str, Config] = {}  # arguments that no file tells, by the program whose results they give
-    from_yml: Callable[[Config, Shapes], Config] | None = None  # config.yml beside an original file, shapes -> the same
+    from_yml: Callable[[Config, Shapes], Config] | None = None  # YAML beside an original file, shapes -> the same
     to_yml: Callable[[Any], Config] | None = None  # network -> what config.yml says of it
     build: Callable[..., nn.Module] | None = None  # arguments -> network, where that is not made of numbers
 
+    knobs: Callable[[Any], Config] = lambda net: {}  # of the original layout: what orders its values, from the network
+
     def make(self, arguments: Config) -> nn.Module:
         return (self.build or self.network)(**arguments)
+
+    def read(self, layout: str, net: nn.Module, state: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
+        """Published tensors as those of this network."""
+        return self.layouts[layout].read(state, keys, **(self.knobs(net) if layout == "original" else {}))
+
+    def write(self, layout: str, net: nn.Module) -> dict[str, Tensor]:
+        """A network's tensors as published."""
+        return self.layouts[layout].write(net.state_dict(), **(self.knobs(net) if layout == "original" else {}))
 
 
 DIFFUSERS_FILES = {".safetensors": "diffusion_pytorch_model", ".bin": "diffusion_pytorch_model"}
@@ -81,6 +91,7 @@ UNET = Component(
     formats.unet_from_shapes,
     formats.unet_arguments,
     formats.unet_to_config,
+    from_yml=formats.unet_from_yml,
 )
 IF = Component(
     IFUNet,
@@ -98,6 +109,7 @@ IF = Component(
     formats_if.if_to_config,
     from_yml=formats_if.if_from_yml,
     to_yml=formats_if.if_to_yml,
+    knobs=lambda net: {"head_dim": net.middle[0].attention.head_dim},
 )
 VAE = Component(
     AutoencoderKL,

@@ -1,58 +1,20 @@
-"""What a file of weights is, from the names and shapes in it: its parts, and what it looks like in words."""
+"""What a file of weights looks like, in words for people: what it is for, or what it is if nothing here reads it."""
 
 import re
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from ldm.weights.formats import Shapes
 from ldm.weights.ledger import listing
-from ldm.weights.places import PREFIXES
+from ldm.weights.parts import find_parts
 
-BARE = {  # one component alone, without a prefix: a key that only it has -> its folder, kind and layout
-    "output_blocks.0.0.in_layers.0.weight": ("unet", "unet", "original"),
-    "up_blocks.0.resnets.0.norm1.weight": ("unet", "unet", "diffusers"),
-    "encoder_pooling.0.weight": ("unet", "if", "original"),  # which has the key of another UNet too
-    "add_embedding.pool.positional_embedding": ("unet", "if", "diffusers"),
-    "encoder.down.0.block.0.norm1.weight": ("vae", "vae", "original"),
-    "encoder.down_blocks.0.resnets.0.norm1.weight": ("vae", "vae", "diffusers"),
-    "text_model.final_layer_norm.weight": ("text_encoder", "clip_text", "original"),
-    "final_layer_norm.weight": ("text_encoder", "clip_text", "original"),  # as transformers 5 saves it
-    "vision_model.post_layernorm.weight": ("image_encoder", "clip_vision", "diffusers"),
-    "ln_final.weight": ("text_encoder_2", "clip_text", "open_clip"),
-    "visual.ln_post.weight": ("image_encoder", "clip_vision", "open_clip"),  # OpenCLIP's files hold both towers
-    "y_embedder.embedding_table.weight": ("transformer", "dit", "original"),
-    "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight": ("transformer", "dit", "diffusers"),
-    "y_embedder.y_proj.fc1.weight": ("transformer", "pixart", "original"),
-    "caption_projection.linear_1.weight": ("transformer", "pixart", "diffusers"),
-    "encoder.final_layer_norm.weight": ("text_encoder", "t5", "original"),
-    "input_hint_block.0.weight": ("controlnet", "controlnet", "original"),
-    "controlnet_cond_embedding.conv_in.weight": ("controlnet", "controlnet", "diffusers"),
-    "body.0.block1.weight": ("t2i_adapter", "t2i_adapter", "original"),
-    "body.0.body.0.block1.weight": ("t2i_adapter", "t2i_adapter", "original"),  # a light one
-    "adapter.body.0.resnets.0.block1.weight": ("t2i_adapter", "t2i_adapter", "diffusers"),
-}
-EMA = "model_ema."
-BESIDE = "ema."  # before the averaged weights of one network, where a training checkpoint has both (`ldm.io.inert`)
-SCHEDULE = (
-    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
-    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
-)  # fmt: skip
-MARKERS = {"v_pred": ("prediction", "v"), "ztsnr": ("zero_terminal_snr", True)}  # empty tensors of community files
-EXTRAS = {  # known, and of no use here
-    *SCHEDULE, *MARKERS, "logvar", "lvlb_weights", "scale_factor", "denoiser.sigmas",
-    "cond_stage_model.logit_scale", "cond_stage_model.text_projection",
-    "conditioner.embedders.0.logit_scale", "conditioner.embedders.0.text_projection", "spiece_model",
-}  # fmt: skip
-TRAINING = ("loss.",)  # an autoencoder's discriminator and perceptual network
-LOOKS: dict[str, str] = {  # a piece of a key -> what has such keys; the first row that matches
+ADDITIONS: dict[str, str] = {  # a piece of a key -> what has such keys; the first row that matches
     r"lora_(up|down|A|B|unet|te)|\.lora[._]|lora_layer|hada_w|lokr_w|oft_": "a LoRA, to be put in a base (lora=FILE)",
     r"^ip_adapter\.|^image_proj\.": "an IP-Adapter, an addition to a base model",
     r"control_model\.|controlnet_|input_hint_block": "a ControlNet, to be put beside a base (controlnet=FILE)",
     r"^(adapter\.)?body\.\d+\.": "a T2I-Adapter, to be put beside a base (t2i_adapter=FILE)",
     r"^emb_params|^string_to_(param|token)|^clip_[lg]$|^<.*>$": "a textual-inversion embedding",
-    r"joint_blocks\.": "a Stable Diffusion 3 transformer",
-    r"double_blocks\.|single_transformer_blocks\.": "a FLUX transformer",
+}
+LOOKS: dict[str, str] = {  # the same, of what is read here
     r"^(ema\.)?y_embedder\.embedding_table|class_embedder\.embedding_table": "a DiT or a SiT",
     r"^(ema\.)?y_embedder\.y_proj|^caption_projection\.linear_1": "a PixArt",
     r"adaLN_modulation|adaln_single": "a diffusion transformer",
@@ -60,6 +22,40 @@ LOOKS: dict[str, str] = {  # a piece of a key -> what has such keys; the first r
     r"^encoder_pooling\.|^add_embedding\.pool": "a U-Net of DeepFloyd IF",
     r"resblocks\.|text_model\.|vision_model\.": "a CLIP encoder",
     r"^encoder\.block\.0\.layer\.": "a T5 encoder",
+}
+STRANGERS: dict[str, str] = {  # the same, of what nothing here reads: kinds of storage, then systems, then others
+    r"scaled_fp8$|\.scale_weight$|\.weight_scale$|\.scale_input$": "weights in scaled fp8, whose scales are not read "
+    "here; get the fp16 or bf16 file",
+    r"\.quant_state\.bitsandbytes|\.absmax$|\.quant_map$|\.SCB$": "weights quantised by bitsandbytes; get the fp16 or "
+    "bf16 file",
+    r"\.qweight$|\.qzeros$|\.wscales$|\._data$|\.weight_qdata$|_packed_params": "quantised weights (GPTQ, AWQ, quanto "
+    "or torchao); get the fp16 or bf16 file",
+    r"cond_proj\.weight$": "a UNet of a latent consistency model (LCM), which is told its guidance "
+    "(time_cond_proj_dim); take the LCM-LoRA of its base instead",
+    r"^edm_(mean|std)$": "Playground v2.5, an SDXL of the EDM formulation",
+    r"^edm_vpred\.": "CosXL, an SDXL of the EDM formulation",
+    r"motion_modules\.|motion_module\.": "a motion module of AnimateDiff",
+    r"time_stack\.|time_mixer|temporal_transformer_blocks|temporal_res_block": "Stable Video Diffusion",
+    r"clip_txt(_pooled)?_mapper\.|^effnet_mapper\.|^clip_mapper\.|vquantizer\.codebook": "Stable Cascade",
+    r"distilled_guidance_layer\.": "Chroma",
+    r"single_transformer_blocks\..*attn\.norm_added|double_blocks\.\d+\.img_attn_qkv": "HunyuanVideo",
+    r"double_blocks\.|single_transformer_blocks\.": "a FLUX transformer",
+    r"double_layers\.|joint_transformer_blocks\.": "AuraFlow",
+    r"joint_blocks\.|transformer_blocks\.\d+\.attn\.add_q_proj": "a Stable Diffusion 3 transformer",
+    r"transformer_blocks\.\d+\.img_mod\.": "Qwen-Image",
+    r"default_modulation\.|mlp_t5\.|text_embedding_padding|time_extra_emb\.": "Hunyuan-DiT",
+    r"add_embedding\.image_(norm|proj)|encoder_hid_proj\.image_embeds|ln_model_n\.|prd_embedding": "Kandinsky 2",
+    r"noise_refiner\.|cap_embedder\.": "Lumina",
+    r"(glumb_conv|mlp|ff)\.(inverted_conv|conv_inverted)\.": "Sana",
+    r"patchify_proj\.|scale_shift_table_a2v": "LTX-Video",
+    r"text_embedding\.0\.weight$|head\.modulation$|condition_embedder\.text_embedder": "Wan",
+    r"patch_embed\.text_proj\.": "CogVideoX",
+    r"t5_y_embedder\.|t5_yproj\.": "Mochi",
+    r"^concept_embeds|^special_care_embeds": "a safety checker",
+    r"quantize\.embedding\.weight|quantize\.embed$": "an autoencoder with a codebook (VQ)",
+    r"^(taesd_)?(encoder|decoder)\.(layers\.)?\d+\.(conv\.)?\d*\.?(weight|bias)$": "a tiny autoencoder (TAESD)",
+    r"RDB\d|^conv_first\.|^body\.\d+\.rdb\d": "an upscaler of ESRGAN's kind",
+    r"^(model\.)?layers\.\d+\.self_attn\.|embeddings\.word_embeddings": "a language model",
 }
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL", 1280: "SDXL refiner"}  # by text width
 WORDS = {
@@ -71,90 +67,57 @@ WORDS = {
     "controlnet": "a ControlNet",
     "t2i_adapter": "a T2I-Adapter",
 }
-
-
-class Part(NamedTuple):
-    """The tensors of one component in a file: their names in its layout -> in the file."""
-
-    kind: str  # of `components.COMPONENTS`
-    layout: str  # original | diffusers | open_clip
-    names: dict[str, str]
-
-
-def find_parts(keys: Iterable[str], *, ema: bool) -> tuple[dict[str, Part], list[str]]:
-    """Components in a file, and the keys that belong to none and are not known extras.
-
-    ema: the averaged weights of the network, where a training checkpoint holds them beside the others.
-    """
-    keys = set(keys)
-    if averaged := {key for key in keys if key.startswith(BESIDE)}:
-        return _beside(averaged, keys - averaged, ema)
-    if parts := _bare_parts(keys):
-        used = {key for part in parts.values() for key in part.names}
-        return parts, sorted(key for key in keys - used if not _is_extra(key))
-    rest, places = [], {}
-    for key in sorted(keys):
-        place = next((place for prefix, place in PREFIXES.items() if key.startswith(prefix)), None)
-        if place and places.setdefault(place.folder, place) == place:  # a second one of its kind is of no use
-            part = parts.setdefault(place.folder, Part(place.kind, place.layout, {}))
-            part.names[key.removeprefix(place.prefix)] = key
-        elif not _is_extra(key):
-            rest.append(key)
-    averaged = {name for name in keys if name.startswith(EMA)}
-    if "unet" in parts and ema and averaged:
-        names = {name: EMA + f"diffusion_model.{name}".replace(".", "") for name in parts["unet"].names}
-        lost = averaged - set(names.values()) - {f"{EMA}decay", f"{EMA}num_updates"}
-        parts["unet"] = Part("unet", "original", names)
-        rest += sorted(lost)
-    return parts, rest if parts else sorted(keys)
-
-
-def _beside(averaged: set[str], others: set[str], ema: bool) -> tuple[dict[str, Part], list[str]]:
-    """`find_parts` among the averaged weights of a training checkpoint, or among the others."""
-    if not ema and others:
-        return find_parts(others, ema=False)
-    parts, rest = find_parts({key.removeprefix(BESIDE) for key in averaged}, ema=False)
-    named = {
-        name: part._replace(names={their: BESIDE + key for their, key in part.names.items()})
-        for name, part in parts.items()
-    }
-    return named, [BESIDE + key for key in rest]
-
-
-def _bare_parts(keys: set[str]) -> dict[str, Part]:
-    """Components in a file without prefixes: one, or the two towers of OpenCLIP."""
-    parts = {}
-    for marker, (component, kind, layout) in BARE.items():
-        if marker in keys:
-            tower = {key for key in keys if key.startswith("visual.") == marker.startswith("visual.")}
-            extras = {key for key in tower if layout == "original" and _is_extra(key)}
-            parts[component] = Part(kind, layout, {key: key for key in tower - extras})
-    return parts
-
-
-def _is_extra(key: str) -> bool:
-    return key in EXTRAS or key.startswith((EMA, *TRAINING))
+CLASSES = {  # the beginning of a class in config.json or model_index.json -> the system that nothing here draws
+    "SD3": "Stable Diffusion 3", "StableDiffusion3": "Stable Diffusion 3", "Flux": "FLUX", "AuraFlow": "AuraFlow",
+    "StableCascade": "Stable Cascade", "Wuerstchen": "Wuerstchen", "Paella": "Wuerstchen",
+    "HunyuanDiT": "Hunyuan-DiT", "HunyuanVideo": "HunyuanVideo", "Kandinsky": "Kandinsky", "Prior": "Kandinsky",
+    "UNetSpatioTemporal": "Stable Video Diffusion", "StableVideo": "Stable Video Diffusion", "UNet3D": "a video model",
+    "UNetMotion": "AnimateDiff", "AnimateDiff": "AnimateDiff", "MotionAdapter": "AnimateDiff", "Lumina": "Lumina",
+    "Sana": "Sana", "LTX": "LTX-Video", "Wan": "Wan", "CogVideo": "CogVideoX", "CogView": "CogView",
+    "Mochi": "Mochi", "Chroma": "Chroma", "QwenImage": "Qwen-Image", "AutoencoderTiny": "a tiny autoencoder (TAESD)",
+    "VQModel": "an autoencoder with a codebook (VQ)", "ConsistencyDecoder": "a consistency decoder",
+    "LatentConsistency": "a latent consistency model", "OmniGen": "OmniGen", "Cosmos": "Cosmos", "ZImage": "Z-Image",
+    "UVit": "aMUSEd", "Amused": "aMUSEd",
+}  # fmt: skip
 
 
 def looks_like(shapes: Shapes) -> str:
     """What a table of tensors seems to be, in words for an error message."""
-    parts, _ = find_parts(shapes, ema=False)
-    for pattern, words in LOOKS.items():
-        if len(parts) < 2 and any(re.search(pattern, key) for key in shapes):  # a whole system has CLIP's keys too
-            return words
+    parts = find_parts(shapes, ema=False).parts
+    is_system = len(parts) > 1  # which has CLIP's keys too
+    if words := (not is_system and _first_row(ADDITIONS, shapes)) or stranger(shapes):
+        return words
+    if words := not is_system and _first_row(LOOKS, shapes):
+        return words
     if not parts:
         return f"nothing known: {listing(sorted(shapes))} tensors" if shapes else "an empty file"
     if "unet" not in parts:
         return " and ".join(WORDS.get(name, f"a {name}") for name in parts)
-    words = describe_unet({name: shapes[key] for name, key in parts["unet"].names.items()})
-    return f"a checkpoint of {words}" if len(parts) > 1 else f"a UNet of {words}"
+    words = describe_unet({name: shapes[key] for name, key in parts["unet"].names.items() if key in shapes})
+    return f"a checkpoint of {words}" if is_system else f"a UNet of {words}"
+
+
+def stranger(keys: Iterable[str]) -> str | None:
+    """What nothing here reads and these names are of; None for what may be known."""
+    return _first_row(STRANGERS, keys)
+
+
+def _first_row(table: dict[str, str], keys: Iterable[str]) -> str | None:
+    lines = "\n".join(keys)
+    return next((words for pattern, words in table.items() if re.search(pattern, lines, re.MULTILINE)), None)
+
+
+def class_words(name: str) -> str:
+    """A class of another program, with the system that it is of where that is known."""
+    system = next((words for start, words in CLASSES.items() if name.startswith(start)), None)
+    return f"{name}, which is {system}" if system else name
 
 
 def describe_unet(shapes: Shapes) -> str:
     """The published family a UNet's text width belongs to, and what its input holds; either layout."""
     width = _second(shapes, lambda key: key.endswith("attn2.to_k.weight"))
     channels = _second(shapes, lambda key: key in ("input_blocks.0.0.weight", "conv_in.weight"))
-    words = FAMILIES.get(width, f"text width {width}")
+    words = FAMILIES.get(width, f"text width {width}" if width else "no text")
     return words + {9: " for inpainting", 8: " for editing", 5: " with depth"}.get(channels, "")
 
 

@@ -63,7 +63,7 @@ def from_original(state: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str,
     if (table := state.get("pos_embed")) is not None and not table.is_meta:
         side = math.isqrt(table.shape[1])
         expected = position_table((side, side), table.shape[2], base=side)
-        if not torch.allclose(table[0].float().cpu(), expected, atol=1e-2 if table.dtype != torch.float32 else 1e-5):
+        if not torch.allclose(table[0].float().cpu(), expected, atol=1e-2):  # averaging and half precision move it
             raise WeightsError("pos_embed is not the fixed sin-cos table of DiT: the weights are another network's")
     return to_ours(without(state, lambda key: key == "pos_embed"), original_names(keys))
 

@@ -111,6 +111,18 @@ def unet_from_shapes(shapes: Shapes) -> Config:
     }
 
 
+def unet_from_yml(params: Config, shapes: Shapes) -> Config:
+    """Arguments of `UNet` from the authors' YAML (its `params`) and the shapes of the file beside it."""
+    arguments = unet_from_shapes(shapes)
+    head_dim, heads = params.get("num_head_channels", -1), params.get("num_heads", -1)
+    widths = [arguments["channels"] * mult for mult in arguments["channel_mult"]]
+    if type(head_dim) is int and head_dim > 0:
+        return arguments | {"head_dim": head_dim}
+    if type(heads) is int and heads > 0:
+        return arguments | {"head_dim": [width // heads for width in widths]}
+    return arguments
+
+
 def _depth(shapes: Shapes, name: str) -> int:
     return sum(f"{name}.transformer_blocks.{i}.norm1.weight" in shapes for i in range(MAX_REPEATS))
 

@@ -16,7 +16,7 @@ FIXED = {  # knobs of diffusers that change the result without changing a key; o
     "timestep_post_act": None, "time_cond_proj_dim": None, "num_class_embeds": None, "class_embeddings_concat": False,
     "conv_in_kernel": 3, "conv_out_kernel": 3, "dual_cross_attention": False, "attention_type": "default",
 }  # fmt: skip
-YML_FIXED = {"num_head_channels": HEAD_DIM, "use_scale_shift_norm": True, "resblock_updown": True}
+YML_FIXED = {"use_scale_shift_norm": True, "resblock_updown": True}
 TYPES = {"SimpleCrossAttn{}Block2D": True, "Resnet{}sampleBlock2D": False}  # of diffusers' blocks; whether they attend
 
 
@@ -113,6 +113,7 @@ def if_from_yml(params: Config, shapes: Shapes) -> Config:
     """
     check_fixed(params, YML_FIXED)
     return if_from_shapes(shapes) | {
+        "head_dim": params.get("num_head_channels", HEAD_DIM),
         "pool_heads": params["att_pool_heads"],
         "activation": params["activation"],
         "skip_scale": SKIP_SCALE if params.get("scale_skip_connection") else 1.0,
@@ -178,10 +179,6 @@ def if_to_config(net: IFUNet) -> Config:
 def if_to_yml(net: IFUNet) -> Config:
     """`params` of the authors' config.yml of this network. WeightsError where there is none."""
     a = _published(net)
-    if a["head_dim"] != HEAD_DIM:
-        raise WeightsError(
-            f"an IFUNet of head_dim={a['head_dim']} has no place in the original layout, which has {HEAD_DIM}"
-        )
     size = 2 ** (len(a["attention"]) + 2)  # of images; only its ratios to the resolutions count
     resolutions = [size // 2**level for level, attends in enumerate(a["attention"]) if attends]
     is_scaled, numbers = a["skip_scale"] != 1, ",".join
@@ -200,6 +197,7 @@ def if_to_yml(net: IFUNet) -> Config:
         "activation": a["activation"],
         "efficient_activation": is_scaled,
         "scale_skip_connection": is_scaled,
+        "num_head_channels": a["head_dim"],
         **YML_FIXED,
     }
 

@@ -5,7 +5,9 @@ several tensors of theirs, stacked along the first axis. Values are never change
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,6 +16,20 @@ from ldm.utils.errors import WeightsError
 
 Table = Sequence[tuple[str, ...]]
 Names = dict[str, tuple[str, ...]]  # our key -> their keys
+
+
+class Mismatch(WeightsError):
+    """Names of tensors that are not those of the network."""
+
+    def __init__(self, missing: list[str], unknown: list[str]):
+        super().__init__(f"weights made for another network: missing {listing(missing)}; unknown {listing(unknown)}")
+        self.missing, self.unknown = missing, unknown
+
+
+@cache
+def say(line: str) -> None:
+    """A line on the terminal for people, the first time that it is said."""
+    print(line, file=sys.stderr)
 
 
 class Lazy(Mapping):
@@ -52,11 +68,11 @@ def translate(key: str, table: Table) -> tuple[str, ...]:
 
 
 def to_ours(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
-    """A published state dict under our names. WeightsError names keys that are missing or left over."""
+    """A published state dict under our names. Mismatch names keys that are missing or left over."""
     expected = {their for theirs in names.values() for their in theirs}
     missing, unknown = sorted(expected - state.keys()), sorted(state.keys() - expected)
     if missing or unknown:
-        raise WeightsError(f"weights made for another network: missing {listing(missing)}; unknown {listing(unknown)}")
+        raise Mismatch(missing, unknown)
     return {
         our: state[theirs[0]] if len(theirs) == 1 else torch.cat([state[their] for their in theirs])
         for our, theirs in names.items()

@@ -9,18 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from ldm.io.folders import appearing
+from ldm.io.stored import Stored
 from ldm.io.tensors import write_tensors
 from ldm.io.text import write_json
 from ldm.utils.errors import ConfigError, LdmError, WeightsError
 from ldm.weights.components import COMPONENTS, row_of
-from ldm.weights.detect import MARKERS, looks_like
+from ldm.weights.described import YML
+from ldm.weights.detect import looks_like
 from ldm.weights.formats import Config, check_bounds
 from ldm.weights.formats_clip import text_used
-from ldm.weights.ledger import Lazy, listing
+from ldm.weights.ledger import Lazy, Mismatch, listing, say
+from ldm.weights.parts import MARKERS
 from ldm.weights.places import places_of
-from ldm.weights.sources import UNUSED, YML, Source, open_source, shapes_of
+from ldm.weights.sources import UNUSED, Source, check_unknown, open_source, shapes_of
 
 LAYOUTS = ("original", "diffusers")
+GUESSES = {  # kinds whose heads no tensor tells: an argument, and its values in published networks, whose heads are known
+    "unet": ("channels", (320, 384)),
+    "if": ("channels", (64, 96, 160, 192, 320, 704)),
+    "dit": ("width", (384, 768, 1024, 1152)),
+    "pixart": ("width", (1152,)),
+    "clip_text": ("width", (512, 768, 1024, 1280)),
+    "clip_vision": ("width", (768, 1024, 1280, 1664)),
+}
 MALFORMED = (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, AttributeError)  # of a table not foreseen
 
 
@@ -31,17 +42,20 @@ def load_model(
     device: torch.device | str = "cpu",
     *,
     variant: str | None = None,
-    ema: bool = True,
+    ema: bool | None = None,
     formula: str | None = None,
+    strict: bool = True,
 ) -> nn.Module:
     """A published network in eval mode, from a diffusers folder or an original file. Raises WeightsError.
 
     component: "unet", "transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder"; by default the only one
     there, of a whole system what draws. dtype: None keeps the file's. variant: of a folder's files, such as "fp16".
-    ema: the averaged weights where a training checkpoint has both. formula: of a DiT, "original" or "diffusers", which
-    compute different images from the same weights (`ldm.weights.dit`); None: original, or what a file of ours says.
+    ema: the averaged weights where a file has both; None: of a trainer's table of averages those, of any other file its
+    own. formula: of a DiT, "original" or "diffusers", which compute different images from the same weights
+    (`ldm.weights.dit`); None: original, or what a file of ours says. strict: refuse tensors of no known part; else they
+    are left out, and counted in a line.
     """
-    source = open_source(Path(path), component, variant=variant, ema=ema)
+    source = open_source(Path(path), component, variant=variant, ema=ema, strict=strict)
     return load_source(source, dtype, device, formula=formula)
 
 
@@ -58,11 +72,15 @@ def load_source(
     whole: with the last block and projection of a text encoder that no system reads (SD 2.x). formula: `load_model`.
     """
     net = _build(source, whole, formula)
-    translate = COMPONENTS[source.kind].layouts[source.layout].read
+    translate = partial(COMPONENTS[source.kind].read, source.layout, net)
     keys = net.state_dict()
-    _check(source, keys, translate)
-    reading = Lazy({name: partial(stored.read, dtype, device) for name, stored in source.stored.items()})
-    net.load_state_dict(translate(reading, keys), assign=True)
+    stored = _check(source, keys, translate)
+    _say_guess(source)
+    reading = Lazy({name: partial(tensor.read, dtype, device) for name, tensor in stored.items()})
+    try:
+        net.load_state_dict(translate(reading, keys), assign=True)
+    except WeightsError as error:
+        raise error if str(source.path) in str(error) else WeightsError(f"{source.path}: {error}") from error
     return net.eval()
 
 
@@ -114,23 +132,50 @@ def _undescribed(source: Source, error: Exception) -> WeightsError:
     return WeightsError(f"{source.path}: {what} describes no {source.component} ({reason})")
 
 
-def _check(source: Source, keys: Mapping[str, Tensor], translate) -> None:
-    """Translate tensors that have shapes only, and compare them with the network's."""
-    whole_numbers = (name for name, stored in source.stored.items() if not stored.dtype.is_floating_point)
+def _say_guess(source: Source) -> None:
+    """A line where the number of heads is only that of other networks of the kind."""
+    knob, published = GUESSES.get(source.kind, ("", ()))
+    if not knob or source.config or source.arguments or source.params:
+        return
+    arguments = arguments_of(source)
+    if arguments[knob] not in published:
+        heads = {name: arguments[name] for name in ("num_heads", "head_dim") if name in arguments}
+        told = ", ".join(f"{name}={value}" for name, value in heads.items())
+        say(f"{source.path}: no tensor tells the heads of its {source.component}; guessed {told}: "
+            "where that is wrong, put the config.yaml or config.json that it was published with beside it")  # fmt: skip
+
+
+def _check(source: Source, keys: Mapping[str, Tensor], translate) -> Mapping[str, Stored]:
+    """Translate tensors that have shapes only, and compare them with the network's: those that are to be read."""
+    stored = source.stored
+    whole_numbers = (name for name, tensor in stored.items() if not tensor.dtype.is_floating_point)
     if odd := sorted(name for name in whole_numbers if not name.endswith("position_ids")):
-        dtype = source.stored[odd[0]].dtype
-        raise WeightsError(f"{source.path}: {listing(odd)} are {dtype}, expected floating-point weights (quantised?)")
-    shapes = {name: torch.empty(stored.shape, device="meta") for name, stored in source.stored.items()}
-    looks = looks_like(shapes_of(source.stored))
+        what = f"{listing(odd)} are {stored[odd[0]].dtype}, expected floating-point weights (quantised?)"
+        raise WeightsError(f"{source.path}: looks like {looks_like(shapes_of(stored))}, but {what}")
     try:
-        found = translate(shapes, keys)
+        found = translate(_hollow(stored), keys)
+    except Mismatch as error:
+        if error.missing:
+            raise _unlike(source, error) from error
+        check_unknown(source.path, error.unknown, stored, source.strict)
+        stored = {name: tensor for name, tensor in stored.items() if name not in error.unknown}
+        found = translate(_hollow(stored), keys)
     except (WeightsError, RuntimeError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise WeightsError(f"{source.path}: looks like {looks}, but {text}") from error
+        raise _unlike(source, error) from error
     wrong = [key for key, tensor in keys.items() if tensor.shape != found[key].shape]
     if wrong:
         sizes = f"{tuple(found[wrong[0]].shape)}, expected {tuple(keys[wrong[0]].shape)}"
-        raise WeightsError(f"{source.path}: looks like {looks}, but shapes differ: {listing(wrong)}: {sizes}")
+        raise _unlike(source, f"shapes differ: {listing(wrong)}: {sizes}")
+    return stored
+
+
+def _hollow(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    return {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
+
+
+def _unlike(source: Source, problem: Exception | str) -> WeightsError:
+    text = " ".join(str(problem).split())[:300]
+    return WeightsError(f"{source.path}: looks like {looks_like(shapes_of(source.stored))}, but {text}")
 
 
 def save_model(
@@ -155,12 +200,12 @@ def write_folder(net: nn.Module, folder: Path, config: Config | None = None, use
     used: arguments of the network that a system makes of this one; what else it holds goes into a file of its own.
     """
     component = row_of(net)
-    state = component.layouts["diffusers"].write(net.state_dict())
+    state = component.write("diffusers", net)
     if used:
         arguments = component.arguments(net)
         with torch.device("meta"):
             net = component.make(used)
-        names = component.layouts["diffusers"].write(net.state_dict()).keys()
+        names = component.write("diffusers", net).keys()
         unused = {name: tensor for name, tensor in state.items() if name not in names}
         write_tensors(folder / UNUSED, unused, {folder.name: arguments})
         state = {name: state[name] for name in names}
@@ -182,7 +227,7 @@ def write_original(
     for name, net in nets.items():
         component = row_of(net)
         prefix, layout = (component.prefix, "original") if len(nets) == 1 else _place(name, system, dst)
-        published = component.layouts[layout].write(net.state_dict()) | component.computed(net)
+        published = component.write(layout, net) | component.computed(net)
         state |= {prefix + key: tensor for key, tensor in published.items()}
     if system and system.startswith("sdxl"):
         found = (settings or {}).items()

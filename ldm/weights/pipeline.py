@@ -8,12 +8,13 @@ from typing import Any
 from ldm.conditioning.clip_tokenizer import BOS, EOS, LENGTH, read_clip_tokenizer
 from ldm.conditioning.t5_tokenizer import read_t5_tokenizer
 from ldm.io.files import replacing
+from ldm.io.magic import format_of
 from ldm.io.stored import index_tensors
 from ldm.io.tensors import read_header
 from ldm.io.text import read_config, write_json
 from ldm.utils.errors import DataError, WeightsError
 from ldm.weights.components import class_name
-from ldm.weights.detect import MARKERS
+from ldm.weights.parts import MARKERS
 from ldm.weights.formats import Config
 from ldm.weights.places import SYSTEMS, places_of
 
@@ -114,7 +115,7 @@ def _file_settings(path: Path) -> Config:
     settings: Config = dict(setting for name, setting in MARKERS.items() if name in names)
     lengths = [stored.shape[0] for name, stored in names.items() if name.endswith(NULL_CAPTION)]
     settings |= {"text_length": lengths[0]} if lengths else {}
-    if path.suffix != ".safetensors":
+    if format_of(path) != "safetensors":
         return settings
     header = read_header(path)
     if kind := MODEL_SPEC.get(header.metadata.get("modelspec.prediction_type", "")):

@@ -5,20 +5,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ldm.io.magic import PICKLES, format_of
 from ldm.io.stored import Stored, index_tensors
-from ldm.io.tensors import PICKLES, read_header
-from ldm.io.text import read_config, read_yaml
+from ldm.io.tensors import read_header
+from ldm.io.text import read_config
 from ldm.utils.errors import DataError, WeightsError
 from ldm.weights.components import COMPONENTS, FOLDERS, class_name, kind_of
-from ldm.weights.detect import Part, find_parts, looks_like
+from ldm.weights.described import YML, config_of, if_params, json_of, unet_params
+from ldm.weights.detect import class_words, looks_like, stranger
 from ldm.weights.formats import Config
-from ldm.weights.ledger import listing
+from ldm.weights.ledger import listing, say
+from ldm.weights.parts import Part, find_parts
 from ldm.weights.places import NETWORKS
 
 SUFFIXES = (".safetensors", ".bin")
-YML = "config.yml"  # beside the one file of weights of a network, as DeepFloyd's authors publish theirs
 ADDED = "controlnet"  # what a file is about that holds the system beside it too, as ControlNet 1.0's do
 UNUSED = "unused.safetensors"  # beside a text encoder: what only its original file has, SD 2's last block
+PARAMS = {"unet": unet_params, "if": if_params}  # by kind: how what the authors wrote beside a file is read
+LENIENT = "published.strict=false leaves them out"
+
+
+@dataclass(frozen=True)
+class How:
+    """How a path is read, where there is a choice."""
+
+    variant: str | None = None  # of a folder's files, such as "fp16"
+    ema: bool | None = None  # averaged weights where a file has both: `parts.find_parts`
+    strict: bool = True  # refuse tensors of no known part; else they are left out, and counted
 
 
 @dataclass(frozen=True)
@@ -33,39 +46,51 @@ class Source:
     config: Config | None = None  # config.json of a folder
     arguments: Config | None = None  # of our constructor, for all that is stored, where the file was written by us
     in_system: bool = False  # the file holds a whole system
-    params: Config | None = None  # of the authors' config.yml beside their file
+    params: Config | None = None  # of the authors' YAML beside their file
+    strict: bool = True
 
 
-def open_source(path: Path, component: str | None = None, *, variant: str | None = None, ema: bool = True) -> Source:
+def open_source(
+    path: Path,
+    component: str | None = None,
+    *,
+    variant: str | None = None,
+    ema: bool | None = None,
+    strict: bool = True,
+) -> Source:
     """The component asked for; by default the only one there, of a whole system what draws. Raises WeightsError."""
     _check_exists(path)
+    how = How(variant, ema, strict)
     if path.is_dir():
-        return _open_folder(path, component, variant)
-    contents = _contents(path, ema)
+        return _open_folder(path, component, how)
+    contents = _contents(path, how)
     first = next((name for name in (ADDED, *NETWORKS) if name in contents.parts), next(iter(contents.parts)))
-    return _open_part(path, component or first, contents)
+    return _open_part(path, component or first, contents, how)
 
 
-def open_sources(path: Path, *, variant: str | None = None, ema: bool = True) -> dict[str, Source]:
+def open_sources(
+    path: Path, *, variant: str | None = None, ema: bool | None = None, strict: bool = True
+) -> dict[str, Source]:
     """Every component that can be loaded, by name. Raises WeightsError."""
     _check_exists(path)
+    how = How(variant, ema, strict)
     if not path.is_dir():
-        contents = _contents(path, ema)
-        return {name: _open_part(path, name, contents) for name in contents.parts}
+        contents = _contents(path, how)
+        return {name: _open_part(path, name, contents, how) for name in contents.parts}
     names = [name for name in components_in(path) if name in FOLDERS]
-    return {name: _open_folder(path, name, variant) for name in names}
+    return {name: _open_folder(path, name, how) for name in names}
 
 
 def components_in(path: Path) -> list[str]:
     """Names of all components, whether this program has a network for them or not."""
     _check_exists(path)
     if not path.is_dir():
-        return list(_contents(path, ema=False).parts)
+        return list(find_parts(index_tensors(path), ema=None).parts)
     if (path / "config.json").is_file():
-        return [_described(path, _config(path))[0]]
+        return [_described(path, config_of(path / "config.json"))[0]]
     folders = {folder.parent.name for folder in path.glob("*/config.json") if weights_in(folder.parent)}
     beside = _beside_yml(path)
-    return sorted(folders.union(_contents(beside, ema=False).parts if beside else ()))
+    return sorted(folders.union(find_parts(index_tensors(beside), ema=None).parts if beside else ()))
 
 
 def weights_in(folder: Path) -> list[Path]:
@@ -86,50 +111,79 @@ class Contents(NamedTuple):
     ours: Config  # arguments by component, where we wrote it
 
 
-def _contents(path: Path, ema: bool) -> Contents:
+def _contents(path: Path, how: How) -> Contents:
     index = index_tensors(path)
-    parts, unknown = find_parts(index, ema=ema)
-    if unknown:
-        raise WeightsError(f"{path}: {looks_like(shapes_of(index))}; of no known part: {listing(unknown)}")
+    parts, unknown, averages = find_parts(index, ema=how.ema)
     if not parts:
         raise WeightsError(f"{path}: {looks_like(shapes_of(index))}; expected weights of a known layout")
-    return Contents(index, parts, read_header(path).ldm if path.suffix == ".safetensors" else {})
+    if unknown:
+        check_unknown(path, unknown, index, how.strict)
+    if averages:
+        _check_averages(path, index, parts)
+        say(f"{path}: {averages}")
+    return Contents(index, parts, read_header(path).ldm if format_of(path) == "safetensors" else {})
 
 
-def _open_part(path: Path, name: str, contents: Contents) -> Source:
+def _check_averages(path: Path, index: Mapping[str, Stored], parts: Mapping[str, Part]) -> None:
+    """WeightsError where the averaged weights that are used have other shapes than the network's own: a parent's."""
+    own = find_parts(index, ema=False).parts
+    for name in own.keys() & parts.keys():
+        pairs = ((key, index.get(key), index.get(own[name].names.get(their))) for their, key in parts[name].names.items())
+        if other := [key for key, used, known in pairs if used and known and used.shape != known.shape]:
+            sizes = f"{listing(sorted(other))} have other shapes than the network's own weights"
+            raise WeightsError(f"{path}: averaged weights of another model: {sizes}; use its own, averaged=false")
+
+
+def check_unknown(path: Path, unknown: list[str], stored: Mapping[str, Stored], strict: bool) -> None:
+    """WeightsError for tensors of no known part; where that is not strict, a line that says how many are left out.
+
+    What makes another network of the others cannot be left out: scales of quantised weights, say.
+    """
+    if strict or stranger(unknown):
+        advice = "" if stranger(unknown) else f"; {LENIENT}"
+        raise WeightsError(f"{path}: {looks_like(shapes_of(stored))}; of no known part: {listing(unknown)}{advice}")
+    say(f"{path}: tensors of no known part, left out: {listing(unknown)}")
+
+
+def _open_part(path: Path, name: str, contents: Contents, how: How) -> Source:
     index, parts, ours = contents
-    if name not in parts:
+    is_system = bool(parts.keys() & {*NETWORKS, ADDED}) and len(parts) > 1
+    others = [] if is_system else parts.values()  # a text encoder alone may be a system's first or second
+    part = parts.get(name) or next((part for part in others if name in COMPONENTS[part.kind].folders), None)
+    if part is None:
         raise WeightsError(f"{path}: no component {name!r} that can be loaded; there is {', '.join(parts)}")
-    kind, layout, names = parts[name]
+    kind, layout, names = part
     stored = {their: index[key] for their, key in names.items() if key in index}
     if layout == "diffusers":
         if not (path.parent / "config.json").is_file():
             raise WeightsError(f"{path}: of the diffusers layout, which needs its config.json beside the file")
-        return Source(path, name, kind, layout, stored, _config(path.parent))
-    known = COMPONENTS[kind].from_yml and (path.parent / YML).is_file()
-    params = _params(path.parent / YML) if known else None
-    return Source(path, name, kind, layout, stored, None, ours.get(name), len(parts) > 1, params)
+        return Source(path, name, kind, layout, stored, config_of(path.parent / "config.json"), strict=how.strict)
+    written = ours.get(name)
+    config = None if written or is_system else json_of(path, kind)
+    read_params = PARAMS.get(kind)
+    params = read_params(path) if read_params and not written else None
+    return Source(path, name, kind, layout, stored, config, written, is_system, params, how.strict)
 
 
-def _open_folder(path: Path, component: str | None, variant: str | None) -> Source:
+def _open_folder(path: Path, component: str | None, how: How) -> Source:
     names = [component] if component else NETWORKS
     folder = next((f for f in (path, *(path / name for name in names)) if (f / "config.json").is_file()), None)
     if folder is None and (file := _beside_yml(path)):
-        return _open_part(file, component or "unet", _contents(file, ema=True))
+        return _open_part(file, component or "unet", _contents(file, how), how)
     if folder is None:
         there = sorted(inner.parent.name for inner in path.glob("*/config.json"))
         found = f"the components there are: {', '.join(there)}" if there else "expected a diffusers folder or a file"
         raise WeightsError(f"{path / names[0]}: no config.json; {found}")
-    config = _config(folder)
+    config = config_of(folder / "config.json")
     name, kind = _described(folder, config)
     if kind is None:
-        raise WeightsError(f"{folder}: holds a {name}; what can be loaded is {', '.join(FOLDERS)}")
+        raise WeightsError(f"{folder}: holds a {class_words(name)}; what can be loaded is {', '.join(FOLDERS)}")
     if component not in (None, *COMPONENTS[kind].folders):
         raise WeightsError(f"{folder}: holds the component {name!r}, not {component!r}")
-    stored, ours = _index_folder(folder, COMPONENTS[kind].files, variant), None
+    stored, ours = _index_folder(folder, COMPONENTS[kind].files, how.variant), None
     if (unused := folder / UNUSED).is_file():
         stored, ours = stored | index_tensors(unused), read_header(unused).ldm.get(name)
-    return Source(folder, component or name, kind, "diffusers", stored, config, ours)
+    return Source(folder, component or name, kind, "diffusers", stored, config, ours, strict=how.strict)
 
 
 def _beside_yml(folder: Path) -> Path | None:
@@ -139,24 +193,6 @@ def _beside_yml(folder: Path) -> Path | None:
     if len(files := weights_in(folder)) != 1:
         raise WeightsError(f"{folder}: {len(files)} files of weights beside {YML}, expected one; give the file itself")
     return files[0]
-
-
-def _params(path: Path) -> Config:
-    """What an authors' config.yml says of its network."""
-    try:
-        config = read_yaml(path)
-    except DataError as error:
-        raise WeightsError(str(error)) from error
-    if not isinstance(params := config.get("params"), dict):
-        raise WeightsError(f"{path}: says no 'params', which describe the network; delete it to go by the shapes alone")
-    return params
-
-
-def _config(folder: Path) -> Config:
-    try:
-        return read_config(folder / "config.json")
-    except DataError as error:
-        raise WeightsError(str(error)) from error
 
 
 def _described(folder: Path, config: Config) -> tuple[str, str | None]:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,8 @@ from torch import nn
 from ldm.io.stored import index_tensors
 from ldm.utils.errors import WeightsError
 from ldm.weights.components import row_of
-from ldm.weights.detect import looks_like
+from ldm.weights.described import settings_of
+from ldm.weights.detect import class_words, looks_like
 from ldm.weights.formats import Config
 from ldm.weights.load import arguments_of, load_source
 from ldm.weights.pipeline import BETAS, read_settings, read_tokenizer, scales, vocabularies
@@ -41,10 +43,11 @@ def load_system(
     *,
     name: str | None = None,
     variant: str | None = None,
-    ema: bool = True,
+    ema: bool | None = None,
     parts: Parts = NONE,
     formula: str | None = None,
     has_texts: bool = False,
+    strict: bool = True,
 ) -> System:
     """All networks of a diffusers pipeline or an original file, each read once. Raises WeightsError.
 
@@ -52,9 +55,10 @@ def load_system(
     name: what the path holds, where `identify` cannot tell (SD 2's prediction in a single file, SiT).
     parts: where the networks are that an original file of DiT or PixArt lacks. formula: a DiT's, as in `load_model`.
     has_texts: the caller has what the text encoders give, which then need not be there and are not loaded.
+    ema, strict: as in `load_model`.
     """
     path = Path(path)
-    sources, settings = _open_system(path, variant, ema, parts)
+    sources, settings = _open_system(path, parts, variant=variant, ema=ema, strict=strict)
     system = name_system(path, sources, settings, name, has_texts=has_texts)
     networks, nodes = {}, {}
     for place in needed(system, has_texts):
@@ -68,14 +72,16 @@ def load_system(
     return System(path, system, networks, nodes, tokenizer, settings)
 
 
-def identify(path: str | os.PathLike, parts: Parts = NONE, *, has_texts: bool = False) -> str:
+def identify(
+    path: str | os.PathLike, parts: Parts = NONE, *, has_texts: bool = False, strict: bool = True
+) -> str:
     """The name of the system at a path, from names and shapes alone. Raises WeightsError for anything else.
 
     SD 2 in a single file that does not say what it predicts is taken for its larger model, which predicts v; SiT, whose
     files are like DiT's, for DiT.
     """
     path = Path(path)
-    return name_system(path, *_open_system(path, None, True, parts), has_texts=has_texts)
+    return name_system(path, *_open_system(path, parts, strict=strict), has_texts=has_texts)
 
 
 def node_of(net: nn.Module) -> Config:
@@ -84,14 +90,20 @@ def node_of(net: nn.Module) -> Config:
     return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **row_of(net).arguments(net)}
 
 
-def _open_system(path: Path, variant: str | None, ema: bool, parts: Parts) -> tuple[dict[str, Source], Config]:
-    """The components at a path, among which is a network that draws, with those given; and the settings."""
+def _open_system(path: Path, parts: Parts, **how: Any) -> tuple[dict[str, Source], Config]:
+    """The components at a path, among which is a network that draws, with those given; and the settings.
+
+    how: that of `open_sources`.
+    """
     there = components_in(path)
     if not set(NETWORKS) & set(there):
         raise WeightsError(f"{path}: {_words(path, there)} only; expected a whole system: UNet, VAE and text encoders")
-    sources, settings = open_sources(path, variant=variant, ema=ema), read_settings(path)
+    sources, settings = open_sources(path, **how), read_settings(path)
+    if path.is_file():
+        settings = settings_of(path) | settings
+    of_parts = {name: value for name, value in how.items() if name != "variant"}
     for name, part in parts.items():
-        sources[name] = open_source(Path(part), name, ema=ema)
+        sources[name] = open_source(Path(part), name, **of_parts)
         settings |= scales(sources[name].config or {}) if name == "vae" else {}
     return sources, settings
 
