@@ -165,7 +165,7 @@ class Task:
     ) -> Callable:
         """denoise(x, t) -> x0 with prompts, guidance, refiner and threshold inside."""
         sampling = self.sampling
-        if sampling.threshold and not objective.codec.bounded:
+        if sampling.threshold and not (objective.codec.bounded or sampling.dialect.clips_latents):
             raise ConfigError("threshold clips x0 to [-1, 1], the range of pixels, not of latents; use threshold=none")
         denoise = self._attached(objective, pictures, times)
         if refiner:

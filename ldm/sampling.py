@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from ldm.build import compose, make
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.objective import DiffusionObjective
+from ldm.diffusion.schedules import Schedule
 from ldm.diffusion.times import WholeIndices
 from ldm.samplers.edit import STARTS
 from ldm.utils.errors import ConfigError
@@ -24,6 +26,10 @@ class Dialect:
     initial: Mapping[str, str] = field(default_factory=dict)  # of a grid, else a sampler: scale of the first noise
     final: Mapping[str, str] = field(default_factory=dict)  # of a sampler: where grids end whose `final` is left open
     whole_indices: Sequence[str] = ()  # samplers that show the network whole indices of its table
+    one_more: Sequence[str] = ()  # samplers whose grid is laid out for one step more where its `extra` is left open
+    clips_x0_alone: Sequence[str] = ()  # samplers that keep the network's eps where a threshold clips its x0
+    clips_latents: bool = False  # a threshold is for latents too
+    guess_decay: float | None = 0.825  # of a ControlNet's guess mode; null: from 1 to 0.1 over its residuals
 
     def __post_init__(self):
         choices = {"noise": ("keyed", "torch"), "posterior": ("mode", "sample"), "start": tuple(STARTS),
@@ -50,7 +56,7 @@ class Sampling:
     threshold: Callable | None = None  # threshold(denoise) -> denoise
     dialect: Dialect = field(default_factory=Dialect)
     initial: str = "prior"  # scale of the first noise: prior, sqrt(alpha^2 + sigma^2); sigma
-    whole_indices: bool = False  # the network is shown whole indices of its table
+    whole_indices: str | None = None  # the network is shown whole indices of its table: round, truncate
 
     @classmethod
     def from_config(cls, cfg: dict) -> "Sampling":
@@ -60,15 +66,24 @@ class Sampling:
         times = dict(cfg["times"])
         if "final" in times and times["final"] is None:
             times["final"] = dialect.final.get(sampler)
+        if "extra" in times and times["extra"] is None:
+            times["extra"] = int(sampler in dialect.one_more)
+        sample, threshold = make(cfg["sampler"]), make(cfg["threshold"]) if cfg["threshold"] else None
+        if threshold and sampler in dialect.clips_x0_alone:
+            sample, threshold = partial(sample, clip=threshold(lambda x0, t: x0)), None
         return cls(
-            make(cfg["sampler"]),
+            sample,
             make(times),
             make(cfg["guidance"]),
-            make(cfg["threshold"]) if cfg["threshold"] else None,
+            threshold,
             dialect,
             dialect.initial.get(grid, dialect.initial.get(sampler, "prior")),
-            sampler in dialect.whole_indices,
+            ("truncate" if grid == "logsnr" else "round") if sampler in dialect.whole_indices else None,
         )
+
+    def __post_init__(self):
+        if isinstance(self.times, Schedule):
+            self.initial = self.times.initial
 
     @classmethod
     def named(
@@ -80,8 +95,12 @@ class Sampling:
         return cls.from_config(compose("sample", [*groups, f"steps={steps}", f"guidance.scale={scale}"]))
 
     def denoiser(self, objective: DiffusionObjective) -> Denoiser:
-        """That of the objective, or the same network shown whole indices."""
+        """That of the objective, or the same network shown the times of a schedule, or whole indices."""
         given = objective.denoiser
-        if not self.whole_indices or given.process.num_steps is None:
+        if isinstance(self.times, Schedule):
+            process = self.times.shown_by(given.process)
+        elif self.whole_indices and given.process.num_steps is not None:
+            process = WholeIndices(given.process, self.whole_indices)
+        else:
             return given
-        return Denoiser(given.net, WholeIndices(given.process), given.prediction, given.dtype)
+        return Denoiser(given.net, process, given.prediction, given.dtype)

@@ -157,9 +157,9 @@ def _pad_context(cond: dict, length: int) -> dict:
 # their step is that of the clipped one.
 
 
-def static_threshold(denoise: Denoise) -> Denoise:
-    """x0 clipped to [-1, 1]: for models of pixels."""
-    return _on_x0(denoise, lambda x0: x0.clamp(-1, 1))
+def static_threshold(denoise: Denoise, *, limit: float = 1.0) -> Denoise:
+    """x0 clipped to [-limit, limit]: 1 for models of pixels."""
+    return _on_x0(denoise, lambda x0: x0.clamp(-limit, limit))
 
 
 def dynamic_threshold(denoise: Denoise, *, percentile: float = 0.995, cap: float | None = None) -> Denoise:

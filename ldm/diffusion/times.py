@@ -28,13 +28,17 @@ RESPACINGS = {  # of DeepFloyd IF, by the names its authors gave them: how many 
 # --- grids for samplers --------------------------------------------------------------------------------------------
 
 
-def leading(process: Process, steps: int, offset: int = 1, extra: int = 0, final: str | None = None) -> Tensor:
+def leading(
+    process: Process, steps: int, offset: int = 1, extra: int | None = None, final: str | None = None
+) -> Tensor:
     """Indices 0, k, 2k, ... plus `offset`, with k = T // steps: diffusers' for Stable Diffusion. Misses the noisiest.
 
-    extra: laid out for so many steps more, of which the cleanest are left out (1: diffusers' DPM-Solver and UniPC).
+    extra: laid out for so many steps more, of which the cleanest are left out (1: diffusers' DPM-Solver and UniPC;
+    None: 0).
     """
+    extra = extra or 0
     _check(process, steps + extra)
-    T = _table_length(process, "leading")
+    T = table_length(process, "leading")
     indices = torch.arange(steps + extra - 1, extra - 1, -1) * (T // (steps + extra)) + offset
     if indices[0] >= T:
         raise ConfigError(f"times.offset={offset} takes {steps} steps past the {T} of the table; lower it")
@@ -47,7 +51,7 @@ def compvis(process: Process, steps: int, final: str | None = None) -> Tensor:
     Where T // k is not `steps`, it takes more of them: 31 for 30, 77 for 75.
     """
     _check(process, steps)
-    T = _table_length(process, "compvis")
+    T = table_length(process, "compvis")
     if (T - 1) % (T // steps) == 0:
         works = [n for n in range(1, T + 1) if (T - 1) % (T // n)]
         near = [str(n) for n in [*[n for n in works if n < steps][-1:], *[n for n in works if n > steps][:1]]]
@@ -58,7 +62,7 @@ def compvis(process: Process, steps: int, final: str | None = None) -> Tensor:
 def sgm(process: Process, steps: int, final: str | None = None) -> Tensor:
     """Even steps from index T - 1 to 0, without 0, rounded down: the SDXL program's, arXiv:2307.01952."""
     _check(process, steps)
-    T = _table_length(process, "sgm")
+    T = table_length(process, "sgm")
     return _indices_to_times((T - 1 - torch.arange(steps, dtype=torch.float64) * ((T - 1) / steps)).floor(), T, final)
 
 
@@ -73,12 +77,13 @@ def trailing(process: Process, steps: int, final: str | None = None) -> Tensor:
 
 
 def linspace(
-    process: Process, steps: int, rounded: bool = False, extra: int = 0, final: str | None = None
+    process: Process, steps: int, rounded: bool = False, extra: int | None = None, final: str | None = None
 ) -> Tensor:
     """Even steps from t = 1 to the process' t_min, then to 0; `rounded` to whole indices of a table, as DDIM's.
 
     extra: laid out for so many steps more, of which the cleanest are left out (1: diffusers' DPM-Solver and UniPC).
     """
+    extra = extra or 0
     _check(process, steps + extra)
     if process.num_steps is None:
         return _with_zero(torch.linspace(1, process.t_min, steps + extra, dtype=torch.float64)[:steps])
@@ -111,7 +116,7 @@ def respaced(process: Process, steps: int | str, final: str | None = None) -> Te
     """
     if isinstance(steps, int):
         _check(process, steps)
-    T = _table_length(process, "respaced")
+    T = table_length(process, "respaced")
     return _indices_to_times(torch.tensor(space_indices(T, RESPACINGS.get(steps, steps))).flip(0), T, final)
 
 
@@ -146,7 +151,7 @@ def _check(process: Process, steps: int) -> None:
         raise ConfigError(f"steps={steps}: the process has {process.num_steps}; ask for 1 to {process.num_steps} steps")
 
 
-def _table_length(process: Process, name: str) -> int:
+def table_length(process: Process, name: str) -> int:
     if process.num_steps is None:
         raise ConfigError(f"times={name} needs a table, which {type(process).__name__} has not; use times=trailing")
     return process.num_steps
@@ -179,13 +184,17 @@ def _with_zero(times: Tensor) -> Tensor:
 
 
 class WholeIndices(DiscreteVP):
-    """A table that shows the network the nearest index only: diffusers' DPM-Solver and UniPC on Karras' grid."""
+    """A table that shows the network whole indices only: diffusers' DPM-Solver and UniPC on grids of sigma.
 
-    def __init__(self, process: DiscreteVP):
+    rule: round, to the nearest, as on Karras' grid; truncate, to the one below, as on that of log-SNR.
+    """
+
+    def __init__(self, process: DiscreteVP, rule: str = "round"):
         super().__init__(process.alpha_bars, process.indices)
+        self.rule = {"round": torch.round, "truncate": lambda t: torch.floor(t + 1e-6)}[rule]
 
     def feed(self, t):
-        return super().feed((t * self.num_steps).round() / self.num_steps)
+        return super().feed(self.rule(t * self.num_steps) / self.num_steps)
 
 
 # --- draws for training --------------------------------------------------------------------------------------------

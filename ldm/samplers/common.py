@@ -18,6 +18,21 @@ def intervals(times: Tensor) -> list[tuple[float, float]]:
     return list(zip(moments, moments[1:], strict=False))
 
 
+def even_intervals(times: Tensor, T: int | None, steps: int | None) -> list[tuple[float, float]]:
+    """The same, but each step goes T // steps indices down, wherever the next time is: diffusers' DDIM and PNDM.
+
+    A step from below that many indices goes to the end of the grid. steps = None: `intervals`.
+    """
+    pairs = intervals(times)
+    if steps is None:
+        return pairs
+    if T is None:
+        raise ConfigError(f"sampler.even_steps={steps} are of a table, and the process has none; leave them out")
+    stride, end = T // steps, times[-1].item()
+    indices = [round(t * T) - 1 - stride for t, _ in pairs]
+    return [(t, (i + 1) / T if i >= 0 else end) for (t, _), i in zip(pairs, indices, strict=True)]
+
+
 def move(x: Tensor, x0: Tensor, now: Level, then: Level) -> Tensor:
     """alpha_s x0 + sigma_s eps, with the eps that x at `now` is made of: Eq. (12) of arXiv:2010.02502 without noise.
 

@@ -18,13 +18,15 @@ def sample(
     times: Tensor,
     *,
     variance: str = "fixed_small",
+    noisy_end: bool = False,
     generator: torch.Generator | Noise | None = None,
     callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """x_T (B C H W) at times[0] -> x at times[-1]: Algorithm 2, over whatever grid, with the beta between its times.
 
     variance: fixed_small is the posterior's (beta tilde), fixed_large is beta, learned lies between them where the
-    network says (denoise must answer (x0, v)). The last step to clean data adds no noise.
+    network says (denoise must answer (x0, v)). The last step to clean data adds no noise; with noisy_end, only one from
+    the table's first entry does not, as diffusers has it.
     callback(step, steps, x, x0) may change x in place.
     """
     if variance not in PREDICTORS:
@@ -38,7 +40,7 @@ def sample(
         scale = alpha / alpha_s  # sqrt(1 - beta)
         keep = scale * (sigma_s / sigma) ** 2
         x = torch.add(x * keep, x0, alpha=alpha_s - alpha * keep)  # Eq. (7)
-        if sigma_s > 0:
+        if sigma_s > 0 or (noisy_end and t > 1.5 * process.t_min):
             x.add_(randn_like(x, generator).mul_(std))
         if callback is not None:
             callback(step, len(steps), x, x0)
@@ -62,7 +64,8 @@ def _fixed_large(denoise: Callable, x: Tensor, t: float, now: Level, then: Level
 def _learned(denoise: Callable, x: Tensor, t: float, now: Level, then: Level) -> tuple[Tensor, Tensor]:
     x0, v = denoise(x, t, variance=True)
     small, large = posterior_std(now, then), beta_std(now, then)
-    return x0, small * (large / max(small, 1e-20)) ** ((v + 1) / 2)  # Eq. (15), arXiv:2102.09672, of deviations
+    small = max(small, 1e-10)
+    return x0, small * (large / small) ** ((v + 1) / 2)  # Eq. (15), arXiv:2102.09672, of deviations
 
 
 PREDICTORS = {"fixed_small": _fixed_small, "fixed_large": _fixed_large, "learned": _learned}

@@ -1,4 +1,4 @@
-"""DPM-Solver++(2M), arXiv:2211.01095."""
+"""DPM-Solver++ of orders 1 to 3, multistep (arXiv:2211.01095); DPM-Solver (arXiv:2206.00927), and both with noise."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,10 @@ from torch import Tensor
 
 from ldm.diffusion.process import Process
 from ldm.samplers.common import Level, intervals
-from ldm.utils.seeding import Noise
+from ldm.utils.errors import ConfigError
+from ldm.utils.seeding import Noise, randn_like
+
+FEW_STEPS = 15  # below which the published code lowers the order at the end
 
 
 def sample(
@@ -17,34 +20,83 @@ def sample(
     x_T: Tensor,
     times: Tensor,
     *,
+    order: int = 2,
+    solver: str = "midpoint",
+    extrapolates: str = "x0",
+    stochastic: bool = False,
+    lower_order_final: bool = False,
+    euler_at_final: bool = False,
     generator: torch.Generator | Noise | None = None,
     callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """x_T (B C H W) at times[0] -> x at times[-1]: Algorithm 2, second order at one evaluation a step.
+    """x_T (B C H W) at times[0] -> x at times[-1]: Algorithm 2 for order = 2, one evaluation a step.
 
-    The first step, and one to clean data, is first-order: DDIM's. callback(step, steps, x, x0) may change x in place.
+    extrapolates: x0 (DPM-Solver++) or eps (DPM-Solver). solver: midpoint or heun, the two forms of second order (§5.2).
+    stochastic: the SDE's (Appendix B.5), up to second order. The first step, and one to clean data, is first-order:
+    DDIM's. With lower_order_final and few steps, the last is first-order too, the one before it second-order;
+    euler_at_final does so for the last of any number. callback(step, steps, x, x0) may change x in place.
     """
-    x, x0_last, h_last = x_T, None, math.inf
-    steps = intervals(times)
+    check(order, solver, extrapolates, stochastic)
+    x, past, steps = x_T, [], intervals(times)  # past: (lambda, x0 or eps), newest first
     for step, (t, s) in enumerate(steps):
         now, then = process(t), process(s)
-        (alpha, sigma), (alpha_s, sigma_s) = now, then
-        h = _log_snr_step(now, then)
         x0 = denoise(x, t)
-        keep = sigma_s / sigma
-        pull = alpha_s - alpha * keep  # -alpha_s (exp(-h) - 1)
-        if h_last == math.inf or h == math.inf:
-            x = torch.add(x * keep, x0, alpha=pull)
-        else:
-            past = pull * h / (2 * h_last)  # D = (1 + 1/2r) x0 - 1/2r x0_last, r = h_last / h
-            x = (x * keep).add_(x0, alpha=pull + past).sub_(x0_last, alpha=past)
-        x0_last, h_last = x0, h
+        value = x0 if extrapolates == "x0" else torch.sub(x, x0, alpha=now[0]) / now[1]
+        past = [(log_snr(now), value), *past[: order - 1]]
+        left = len(steps) - step if lower_order_final and len(steps) < FEW_STEPS else order
+        terms = min(len(past), 1 if euler_at_final and step + 1 == len(steps) else left)
+        x = advance(x, now, then, past[:terms], solver, extrapolates, stochastic)
+        if stochastic and then[1] > 0:
+            x.add_(randn_like(x, generator), alpha=noise_std(now, then, extrapolates))
+        if log_snr(now) == -math.inf:
+            past = []
         if callback is not None:
             callback(step, len(steps), x, x0)
     return x
 
 
-def _log_snr_step(now: Level, then: Level) -> float:
-    """h = lambda_s - lambda_t, lambda = log(alpha / sigma); infinite from pure noise and to clean data."""
-    (alpha, sigma), (alpha_s, sigma_s) = now, then
-    return math.log(alpha_s * sigma / (alpha * sigma_s)) if alpha * sigma_s > 0 else math.inf
+def advance(
+    x: Tensor, now: Level, then: Level, past: list[tuple[float, Tensor]], solver: str, extrapolates: str, noisy: bool
+) -> Tensor:
+    """x one step on, without noise: keep x - scale (phi_1 D0 + phi_2 D1 + phi_3 D2), D the differences of `past`."""
+    (alpha, sigma), (alpha_s, sigma_s), (lambda_t, value) = now, then, past[0]
+    h = log_snr(then) - lambda_t
+    if extrapolates == "x0":  # §4.1 of arXiv:2211.01095; Eq. (18) for the SDE
+        z, scale, keep = -(1 + noisy) * h, alpha_s, sigma_s / sigma * (math.exp(-h) if noisy and h < math.inf else 1.0)
+    else:  # Eq. (3.7) of arXiv:2206.00927
+        z, scale, keep = h, sigma_s * (1 + noisy), alpha_s / alpha
+    phi = math.expm1(z)
+    if h in (0, math.inf) or len(past) == 1:
+        return torch.add(x * keep, value, alpha=-scale * phi)
+    second = phi / z - 1
+    (lambda_1, value_1), r = past[1], (lambda_t - past[1][0]) / h
+    first_difference = (value - value_1) / r
+    if len(past) == 2:
+        weight = phi / 2 if solver == "midpoint" else second
+        return torch.add(x * keep, value, alpha=-scale * phi).sub_(first_difference, alpha=scale * weight)
+    r_1 = (lambda_1 - past[2][0]) / h
+    change = first_difference - (value_1 - past[2][1]) / r_1
+    D1, D2 = first_difference + change * (r / (r + r_1)), change / (r + r_1)
+    third = (phi - z) / z**2 - 0.5
+    return torch.add(x * keep, value, alpha=-scale * phi).sub_(D1, alpha=scale * second).sub_(D2, alpha=scale * third)
+
+
+def noise_std(now: Level, then: Level, extrapolates: str) -> float:
+    """What the SDE adds in a step, beside what it exchanges."""
+    h = log_snr(then) - log_snr(now)
+    return then[1] * math.sqrt(-math.expm1(-2 * h) if extrapolates == "x0" else math.expm1(2 * h))
+
+
+def log_snr(level: Level) -> float:
+    """lambda = log(alpha / sigma); infinite for pure noise and clean data."""
+    alpha, sigma = level
+    return math.log(alpha / sigma) if alpha * sigma > 0 else math.copysign(math.inf, alpha - sigma)
+
+
+def check(order: int, solver: str, extrapolates: str, stochastic: bool) -> None:
+    if order not in (1, 2, 3) or (stochastic and order == 3):
+        raise ConfigError(f"sampler.order={order}: DPM-Solver is written for 1, 2 and 3, and stochastic for 1 and 2")
+    if solver not in ("midpoint", "heun") or extrapolates not in ("x0", "eps"):
+        raise ConfigError(
+            f"sampler.solver={solver}, sampler.extrapolates={extrapolates}: expected midpoint or heun, and x0 or eps"
+        )

@@ -19,7 +19,7 @@ Callback = Callable[[int, int, Tensor, Tensor], None]
 
 # How the reference programs count: by how many points more than steps the strength is multiplied, and how many grid
 # steps above the first one taken the image is noised to.
-STARTS = {"diffusers": (0, 0), "compvis": (0, 1), "sgm": (1, 0)}
+STARTS = {"diffusers": (0, 0), "compvis": (0, 1), "sgm": (1, 0), "pndm": (-1, 0)}
 
 
 def noised(
@@ -28,7 +28,8 @@ def noised(
     """(x, times): an image noised part of the way, and the rest of the grid, which samples it back (arXiv:2108.01073).
 
     The last int(strength * steps) steps of the grid are kept. start: "diffusers" noises to the first kept time,
-    "compvis" to the time above it, where strength 1 has no time left; "sgm" takes a share of the points, not the steps.
+    "compvis" to the time above it, where strength 1 has no time left; "sgm" takes a share of the points, not the steps;
+    "pndm" does not count the time that stands twice.
     """
     if not 0 < strength <= 1:
         raise ConfigError(f"strength={strength} must lie above 0 (the image itself), up to 1 (all steps)")

@@ -20,12 +20,14 @@ def sample(
     times: Tensor,
     *,
     order: int = 2,
+    lower_order_final: bool = True,
     generator: torch.Generator | Noise | None = None,
     callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """x_T (B C H W) at times[0] -> x at times[-1]: UniPC-`order` on x0, with B(h) = e^h - 1, one evaluation a step.
 
-    The order rises from 1 and falls back to it at the end; a step from pure noise or to clean data is DDIM's.
+    The order rises from 1 and, with lower_order_final, falls back to it at the end; a step from pure noise or to clean
+    data is DDIM's.
     callback(step, steps, x, x0) sees the prediction before its correction, and may change it in place.
     """
     if order not in (1, 2, 3):
@@ -38,7 +40,8 @@ def sample(
         x0, log_snr = denoise(x, t), _log_snr(now)
         past = [(log_snr, x0), *past[:order]]
         h = _log_snr(then) - log_snr
-        p = min(order, len(past), len(steps) - step) if h < math.inf else 1
+        left = len(steps) - step if lower_order_final else order
+        p = min(order, len(past), left) if h < math.inf else 1
         predictor, corrector = _predict_and_correct([(earlier - log_snr) / h for earlier, _ in past[1:p]], h)
         keep = sigma_s / sigma
         pull = alpha_s - alpha * keep  # alpha_s (1 - exp(-h))

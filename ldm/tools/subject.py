@@ -1,6 +1,7 @@
 """What `sample.py` draws from: a run of ours, or published weights, each with its own way of being drawn from."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from ldm.build import compose
 from ldm.conditioning.clip import CLIPTextEncoder
@@ -10,7 +11,24 @@ from ldm.generate import Refiner, Run, load_run
 from ldm.published import Options, load_published, parts_of, system_of
 from ldm.utils.devices import pick_device
 from ldm.utils.errors import ConfigError, WeightsError
+from ldm.weights.pipeline import PREDICTIONS, published_scheduler, read_scheduler, read_settings
+from ldm.weights.places import SYSTEMS
+from ldm.weights.schedulers import GRIDS, OF_SAMPLERS, drawn_by
 
+DIFFUSERS = {  # what its pipelines draw with where nothing is said, by system or family
+    "sd15": ["guidance.scale=7.5"],
+    "sd21": ["guidance.scale=7.5"],
+    "sdxl": ["guidance.scale=5"],
+    "sdxl_inpaint": ["guidance.scale=7.5"],
+    "sdxl_refiner": ["guidance.scale=7.5"],
+    "dit": ["guidance.scale=4", "formula=diffusers"],
+    "pixart": ["steps=20", "guidance.scale=4.5"],
+    "if": ["steps=100", "guidance.scale=7"],
+    "if_ii_m": ["guidance.scale=4", "aug_level=0.25"],
+    "if_ii_l": ["guidance.scale=4", "aug_level=0.25"],
+    "if_iii_l": ["guidance.scale=4", "aug_level=0.25"],
+}
+THEIRS = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 ADAPTERS = ("lora", "controlnet", "t2i_adapter", "composition", "every")
 OF_WEIGHTS = ("kind", "embeddings", "tokenizer", "dtype", "variant", "refiner", "prompt_weights")  # no run has them
 
@@ -25,7 +43,36 @@ def as_published(cfg: dict, given: Sequence[str]) -> dict:
     name = system_of(cfg["weights"], cfg["kind"], parts_of(cfg), Options(**cfg["published"]))
     chosen = {override.partition("=")[0].lstrip("+~") for override in given}
     theirs = [line for line in compose("train", [f"system={name}"])["sampling"] if not _is_replaced(line, chosen)]
+    if "dialect=diffusers" in given and not name.startswith("sit"):  # which no pipeline of its draws
+        theirs, given = as_diffusers(cfg, name, given)
     return {**compose("sample", [*theirs, *given]), "kind": name}
+
+
+def as_diffusers(cfg: dict, system: str, given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What diffusers' pipeline of a system draws with, and the command's own overrides less those that it expresses.
+
+    Of a folder, its scheduler; of a file, the one that was published. A sampler or a grid that the command names is
+    one with the same config. Raises WeightsError for a scheduler that has no equivalent.
+    """
+    path, groups = Path(cfg["weights"]), dict(line.split("=", 1) for line in given if "=" in line)
+    family = SYSTEMS[system]
+    config = (read_scheduler(path) if path.is_dir() else {}) or published_scheduler(system, read_settings(path))
+    if family in ("sd15", "sd21"):  # what its pipelines change in a scheduler that says otherwise
+        is_inpainting = bool(cfg["mask"]) or system.endswith("inpaint")
+        config = config | {"steps_offset": 1} | ({"skip_prk_steps": True} if is_inpainting else {"clip_sample": False})
+    if cfg["published"]["prediction"]:
+        config = config | {"prediction_type": THEIRS[cfg["published"]["prediction"]]}
+    sampler, times = groups.get("sampler"), groups.get("times")
+    if sampler in (None, *OF_SAMPLERS) and times in (None, *GRIDS):
+        lines = drawn_by(config, str(path), sampler, times)
+    else:
+        lines = []
+    expressed = {"sampler"} if "sampler=pndm" in lines else set()
+    expressed |= {"times"} if "times=schedule" in lines else set()
+    kept = [line for line in given if line.partition("=")[0] not in expressed]
+    names = {line.partition("=")[0].lstrip("+~") for line in kept}
+    defaults = DIFFUSERS[system] if system in DIFFUSERS else DIFFUSERS[family]
+    return [line for line in [*defaults, *lines] if line.partition("=")[0] not in names], kept
 
 
 def _is_replaced(line: str, chosen: set[str]) -> bool:

@@ -154,7 +154,7 @@ def write_pipeline(folder: Path, system: str, settings: Config, source: Path, to
     has none, the published one), and for each text encoder its vocabulary."""
     kind = CLASSES.get(system) or CLASSES["pixart_sigma" if "sigma" in system else SYSTEMS[system]]
     index = {"_class_name": kind, "_diffusers_version": VERSION}
-    schedulers = {"scheduler": read_scheduler(source) or _published_scheduler(system, settings)}
+    schedulers = {"scheduler": read_scheduler(source) or published_scheduler(system, settings)}
     if kind == CLASSES["if_ii_m"]:  # by which it noises what it enlarges
         schedulers[NOISING] = read_scheduler(source, NOISING) or COSINE
     for name, config in schedulers.items():
@@ -191,7 +191,7 @@ def _pipeline_knobs(system: str, settings: Config) -> Config:
     return knobs | ({"text_encoder": [None, None], "tokenizer": [None, None]} if is_refiner else {})
 
 
-def _published_scheduler(system: str, settings: Config) -> Config:
+def published_scheduler(system: str, settings: Config) -> Config:
     """scheduler_config.json as its authors published it, but with the settings that the files say."""
     config = SCHEDULERS.get(system) or SCHEDULERS[SYSTEMS[system]]
     config = config | {name: settings[name] for name in BETAS if name in settings}
