@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from ldm.data.scenes import COLOURS, MAX_OBJECTS, POSITIONS, RELATIONS, SHAPES, SIZES, Object, Scene
 from ldm.utils.errors import DataError
 
-WHOLE = 0.3  # share of open captions that say everything all the same
+WHOLE = 0.6  # share of open captions that say everything all the same
 SAID = {"shape": 0.85, "colour": 0.6, "size": 0.4, "position": 0.4}  # how often each is said in the others
 RELATED = 0.5  # how often the relation of two objects is
 PLAIN = 0.5  # share of the phrasing "a red circle"
