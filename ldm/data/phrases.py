@@ -34,7 +34,8 @@ def caption(scene: Scene) -> str:
 
 def open_caption(scene: Scene, u: Sequence[float]) -> str:
     """A scene in words that may leave some of it open, as `u`, NUMBERS of [0, 1), have it. Inverse of `parse`."""
-    return phrase(leave_open(scene, u[2:]), u[:2])
+    left = leave_open(scene, u[2:])
+    return caption(scene) if left is scene else phrase(left, u[:2])
 
 
 def leave_open(scene: Scene, u: Sequence[float]) -> Scene:
