@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from ldm.data.scenes import COLOURS, MAX_OBJECTS, POSITIONS, RELATIONS, SHAPES, SIZES, Object, Scene
 from ldm.utils.errors import DataError
 
-WHOLE = 0.3  # share of open captions that say everything all the same
+WHOLE = 0.6  # share of open captions that say everything all the same
 SAID = {"shape": 0.85, "colour": 0.6, "size": 0.4, "position": 0.4}  # how often each is said in the others
 RELATED = 0.5  # how often the relation of two objects is
 PLAIN = 0.5  # share of the phrasing "a red circle"
@@ -34,7 +34,8 @@ def caption(scene: Scene) -> str:
 
 def open_caption(scene: Scene, u: Sequence[float]) -> str:
     """A scene in words that may leave some of it open, as `u`, NUMBERS of [0, 1), have it. Inverse of `parse`."""
-    return phrase(leave_open(scene, u[2:]), u[:2])
+    left = leave_open(scene, u[2:])
+    return caption(scene) if left is scene else phrase(left, u[:2])
 
 
 def leave_open(scene: Scene, u: Sequence[float]) -> Scene:

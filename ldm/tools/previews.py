@@ -76,8 +76,9 @@ class Samples:
     Or of `prompts`, one image each. Raises ConfigError where the model reads no text.
     """
 
-    def __init__(self, count: int = 16, seed: int = 0, prompts: Sequence[str] | None = None):
-        self.count, self.seed, self.given = count, seed, list(prompts or ())
+    def __init__(self, count: int = 16, seed: int = 0, prompts: str | Sequence[str] | None = None):
+        self.count, self.seed = count, seed
+        self.given = [prompts] if isinstance(prompts, str) else list(prompts or ())
 
     def __call__(self, draw, data, objective: nn.Module) -> tuple[Tensor, list[str]]:
         prompts = self.given or self._prompts(data, objective.conditioner.fields)
