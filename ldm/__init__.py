@@ -9,3 +9,7 @@ def __getattr__(name: str):
 
         return load_run
     raise AttributeError(f"module 'ldm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "load_run"]

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ldm.build import build_adapters, build_codec, build_conditioner, build_objective, hollow_encoders, make_listed
 from ldm.diffusion import guidance
 from ldm.diffusion.objective import DiffusionObjective
+from ldm.drawing import Edit, Options, edit_of, hints_of, latent_shape, progress_bar, sampling_of, sides
 from ldm.models.codec import LatentCodec
 from ldm.samplers.edit import keeping, noised
 from ldm.sampling import Sampling
 from ldm.training.checkpoint import find, load_config, load_files, load_weights
+from ldm.utils.devices import pick_device
 from ldm.utils.errors import ConfigError, DataError
 from ldm.utils.seeding import Noise
 
@@ -27,19 +28,6 @@ if TYPE_CHECKING:  # most models are drawn from without adapters
 
 PATCH, HINT = "ldm.adapters.sampling.Patch", "ldm.adapters.sampling.Hint"
 SCALE_IMAGES = 1024  # on which the scale of latents is measured
-
-
-@dataclass
-class Edit:
-    """A picture to start from: changed as a whole (SDEdit), or repainted where the mask is 1."""
-
-    image: Tensor  # 3 H W uint8
-    strength: float | None = None  # 0 keeps the picture, 1 forgets it; None: 0.6, or 1 with a mask
-    mask: Tensor | None = None  # 1 H W, 0 or 1
-
-    def __post_init__(self):
-        if self.strength is None:
-            self.strength = 0.6 if self.mask is None else 1.0
 
 
 @dataclass
@@ -73,7 +61,7 @@ def generate(
     hints: Tensor | None = None,  # B C H W, one per prompt, of a model trained with objective=control
     attached: "Attached | None" = None,  # to the objective
     batch_size: int = 64,
-    progress: bool = False,
+    progress: bool | None = False,  # a bar; None: after two seconds, where somebody watches
 ) -> Tensor:
     """Images, uint8 B 3 H W. Image k depends on prompt k and seed k alone: the batch it is drawn in changes
     its float32 rounding at most, which may turn a grey level."""
@@ -88,7 +76,7 @@ def generate(
     size = sides(image_size)
     times = sampling.times(objective.denoiser.process)
     batches = batches_of([objective.conditioner.length(prompt, negative) for prompt in prompts], batch_size)
-    bar = tqdm(total=len(batches) * (len(times) - 1), desc="sampling", unit="step", disable=None if progress else True)
+    bar = progress_bar(len(batches) * (len(times) - 1), progress)
     images = []
     for batch in batches:
         noise = sampling.dialect.streams([seeds[i] for i in batch])
@@ -193,23 +181,8 @@ class Task:
         return self.sampling.guidance(self.sampling.denoiser(objective), cond | pictures, null | without)
 
 
-def sides(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width. Raises ConfigError for what is no size."""
-    size = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
-    if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
-        raise ConfigError(f"image_size={image_size}: expected pixels, one whole number or [height, width]")
-    return size
-
-
-def latent_shape(codec: Any, height: int, width: int) -> tuple[int, int, int]:
-    """C H W of the codec's latents for images of this size. Raises ConfigError where it does not divide."""
-    if height % codec.downsample or width % codec.downsample:
-        raise ConfigError(f"image size {height}x{width} is not divisible by {codec.downsample}, what the codec needs")
-    return codec.channels, height // codec.downsample, width // codec.downsample
-
-
 class Run:
-    """A trained model as a run directory holds it: `run.generate(["a red circle"], seeds=[0])`."""
+    """A trained model as a run directory holds it: `run.generate("a red circle", seeds=0)`."""
 
     def __init__(self, objective: nn.Module, config: dict, step: int):
         self.objective, self.config, self.step = objective.eval(), config, step
@@ -237,42 +210,71 @@ class Run:
 
     def generate(
         self,
-        prompts: Sequence[str],
-        seeds: Sequence[int] = (0,),
+        prompts: str | Sequence[str],
+        seeds: int | Sequence[int] = 0,
         *,
-        sampler: str = "ddim",
-        steps: int = 50,
+        sampler: str | Callable = "euler",  # or a function, sample(denoise, process, x_T, times)
+        steps: int = 20,
         guidance: float = 5.0,
-        times: str | None = None,  # None: the dialect's
-        threshold: str = "none",
-        dialect: str = "native",
         negative: str | None = None,
-        image_size: int | Sequence[int] | None = None,  # None: what it was trained at
-        batch_size: int = 64,
+        image: Any = None,  # to start from: a path, a PIL image or a tensor, 3 H W uint8
+        mask: Any = None,  # where that is white, it is repainted
+        strength: float | None = None,  # 0 keeps the image, 1 forgets it; None: 0.6, or 1 with a mask
+        **options: Any,
     ) -> list:
-        """PIL images, every prompt with every seed: prompt 0 with each seed first, then prompt 1, ..."""
+        """PIL images, every prompt with every seed: prompt 0 with each seed first, then prompt 1, ...
+
+        options: times, threshold, dialect, image_size, batch_size, hint, progress: see `ldm.drawing.Options`.
+        """
         from PIL import Image
 
-        pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+        more = Options.read(options)
+        texts, numbers = ([value] if isinstance(value, str | int) else list(value) for value in (prompts, seeds))
+        pairs = [(prompt, seed) for prompt in texts for seed in numbers]
+        size = sides(self.config["image_size"] if more.image_size is None else more.image_size)
         images = generate(
             self.objective,
             [prompt for prompt, _ in pairs],
             [seed for _, seed in pairs],
-            Sampling.named(sampler, steps, guidance, times, threshold, dialect),
-            image_size=self.config["image_size"] if image_size is None else image_size,
+            sampling_of(sampler, steps, guidance, more),
+            image_size=size,
             negative=negative,
+            edit=edit_of(image, mask, strength, size),
+            hints=None if more.hint is None else self._hints(more.hint, size, len(pairs)),
             attached=self.attached,
-            batch_size=batch_size,
+            batch_size=more.batch_size,
+            progress=more.progress,
         )
         return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
 
+    def _hints(self, hint: Any, size: Sequence[int], count: int) -> Tensor:
+        from ldm.adapters.control_objective import ControlObjective
 
-def load_run(path: str | Path, *, device: str = "cpu", ema: bool = True) -> Run:
+        if not isinstance(self.objective, ControlObjective):
+            raise ConfigError("hint is for runs with objective=control; with others, run.attach(controlnet=...)")
+        return hints_of(hint, size, count)
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.objective.parameters())
+        kind = type(self.objective).__name__.removesuffix("Objective").lower()
+        about = f"Run: {kind}, {count / 1e6:.3g}M parameters, step {self.step}, {self.config['image_size']} pixels"
+        if not isinstance(self.objective, DiffusionObjective):
+            return about
+        fields = self.objective.conditioner.fields
+        prompt = "a red circle" if "caption" in fields else self._classes()[0] if "label" in fields else ""
+        return f"{about}; draws with run.generate({prompt!r}, seeds=0)"
+
+    def _classes(self) -> list[str]:
+        encoders = self.config["conditioner"]["encoders"].values()
+        return next((node["class_names"] for node in encoders if node.get("class_names")), ["0"])
+
+
+def load_run(path: str | Path, *, device: str = "auto", ema: bool = True) -> Run:
     """The newest whole checkpoint of a run directory, or one checkpoint directory, with its averaged weights.
 
     Raises CheckpointError when there is none, or when it is not the network its config describes.
     """
-    directory = find(Path(path))
+    directory, device = find(Path(path).expanduser()), pick_device(str(device))
     config, files = load_config(directory), load_files(directory)
     texts = hollow_encoders(config["conditioner"])  # T5-XXL's 19 GB are not drawn at random first
     conditioner, _, _ = build_conditioner(config["conditioner"], tokenizer=files.get("tokenizer.json"), networks=texts)
@@ -287,7 +289,7 @@ def codec_of_run(node: dict, source: Path, data: Any) -> tuple[LatentCodec, dict
 
     Where the node gives no scale, latents are brought to mean 0 and deviation 1 as measured on images of the dataset.
     """
-    run = load_run(source)
+    run = load_run(source, device="cpu")
     autoencoder = run.objective.autoencoder
     if node["scale"] is None:
         images = [data[index]["image"] for index in range(min(len(data), SCALE_IMAGES))]

@@ -18,6 +18,7 @@ from ldm.conditioning.conditioner import Conditioner
 from ldm.conditioning.stored import KnownTexts
 from ldm.generate import Run
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.utils.devices import pick_device
 from ldm.utils.errors import ConfigError, WeightsError
 from ldm.weights.expand import expand_input
 from ldm.weights.load import load_model
@@ -53,7 +54,7 @@ def load_published(
     system: str | None = None,  # a file of configs/system, where the weights do not show it
     tokenizer: str | None = None,  # a file or folder with the vocabulary, where the weights bring none
     dtype: str = "fp32",
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "auto",
     variant: str | None = None,
     ema: bool | None = None,  # averaged weights where a file has both: `ldm.weights.load_model`
     parts: Parts = NONE,  # "vae", "text_encoder": where they are, if not with the weights
@@ -64,7 +65,7 @@ def load_published(
     """A diffusers folder or an original file as a `Run`. Raises WeightsError."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}")
-    name = system_of(weights, system, parts, options)
+    name, device = system_of(weights, system, parts, options), pick_device(str(device))
     found = load_system(Path(weights), DTYPES[dtype], device, name=name, variant=variant, ema=ema, parts=parts,
                         formula=formula, has_texts=texts is not None, strict=options.strict)  # fmt: skip
     cfg = compose("train", [f"system={name}", *overrides(found.settings)])

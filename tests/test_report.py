@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from ldm.io.images import read_image, write_png
-from ldm.tools.claims import claims
+from ldm.tools.claims import claims, compare
+from ldm.tools.figures import colours_of, panels_of
 from ldm.tools.report import main
 from ldm.tools.runs import find_runs
 from ldm.tools.table import differing, group
@@ -177,6 +178,39 @@ def test_mixed_image_sizes_are_not_judged(ablation):
     (claim,) = claims(find_runs([ablation]))
     assert {verdict.text for verdict in claim.verdicts()} == {"not judged"}
     assert claim.verdicts()[0].reason == "runs of image_size 16 and 32 are mixed; report one size at a time"
+
+
+def judged(first: tuple, second: tuple, sign: str = ">", **knobs) -> str:
+    first, second = ({str(seed): value for seed, value in enumerate(values)} for values in (first, second))
+    return compare(first, sign, second, "higher", **knobs)[0]
+
+
+def test_a_gap_that_means_nothing_is_no_verdict():
+    """However well seeds agree: 0.6101 is not more than 0.61."""
+    assert judged((0.6101, 0.6101, 0.6102), (0.61, 0.61, 0.61)) == "undecided"
+    assert judged((0.6101, 0.6101), (0.61, 0.61), "=") == "agrees"
+    assert judged((0.62, 0.62), (0.61, 0.61)) == "agrees"
+    assert judged((0.62, 0.62), (0.61, 0.61), least=0.05) == "undecided"
+    assert judged((0.61, 0.61), (0.62, 0.62)) == "disagrees"
+
+
+def test_runs_of_a_few_steps_are_not_judged(ablation):
+    for path in ablation.glob("*/summary.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 4}))
+    (claim,) = claims(find_runs([ablation]))
+    assert {verdict.text for verdict in claim.verdicts()} == {"not judged"}
+    assert "4 steps" in claim.verdicts()[0].reason
+
+
+def test_an_arm_has_one_colour_in_all_panels(ablation):
+    runs = find_runs([ablation])
+    rows, made_for = group(runs), claims(runs)
+    panels = panels_of(rows, made_for)
+    colours = colours_of(rows, made_for, panels)
+    arms = {arm for _, dots in panels for arm in dots}
+    assert {"a", "b", "c", "a/few", "a/many"} >= arms and arms <= colours.keys()
+    assert [colours[arm] for arm in "abc"] == [colours[f"network={arm}"] for arm in "abc"]
+    assert len({colours[arm] for arm in ("a", "b", "c")}) == 3
 
 
 def test_the_report_of_an_ablation(ablation):

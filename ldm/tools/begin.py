@@ -46,7 +46,7 @@ def begin_run(cfg: dict, path: Path, resume: str | None) -> Beginning:
     if cfg["teacher"] or cfg["base"] and not stored:
         return _with_run(cfg)
     own = path if latest(path / "checkpoints", content=False)[0] else Path(resume or path)
-    readers = _readers(load_run(own)) if stored and cfg["cache"] else {}
+    readers = _readers(load_run(own, device="cpu")) if stored and cfg["cache"] else {}
     if cfg["base"]:
         return Beginning({name: stored[name] for name in OF_A_RUN}, stored, readers, vocabulary)
     if cfg["weights"] or parts_of(cfg):
@@ -58,7 +58,7 @@ def begin_run(cfg: dict, path: Path, resume: str | None) -> Beginning:
 def _with_run(cfg: dict) -> Beginning:
     """The averaged weights of a finished run; a teacher's student is the same system and begins as its copy."""
     directory = find(Path(cfg["teacher"] or cfg["base"]))
-    run, stored = load_run(directory), load_config(directory)
+    run, stored = load_run(directory, device="cpu"), load_config(directory)
     if adapters := stored.get("adapters"):
         raise ConfigError(f"{directory} is a base and {', '.join(adapters)}; give the base itself")
     config = {name: stored[name] for name in OF_A_RUN}

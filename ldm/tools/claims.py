@@ -7,12 +7,13 @@ The `claim` node of a config, which every run of an ablation stores:
     arms: [network.conditioning]               # settings whose values name an arm; none: only its ways of sampling do
     metric: held_out_eps_mse                   # of summary.json
     better: lower                              # or higher
+    gap: 0.01                                  # the least that counts, of the larger mean; 0.01 unless given
     orders:                                    # best first; = is a tie
       - adaln_zero > adaln = cross_attention
       - {order: adaln_zero > adaln, metric: frechet_distance, better: lower}
 
 An arm is written value/value/way: one value for each of `arms`, and for metrics=sampling_arms the way of sampling,
-which may stand in front of `metric` instead.
+which may stand in front of `metric` instead. Runs of fewer than TRIAL steps try a sweep out, and are not judged.
 """
 
 import json
@@ -24,6 +25,8 @@ from itertools import pairwise
 from ldm.tools.runs import Run
 from ldm.utils.errors import DataError
 
+TRIAL = 50  # steps
+GAP = 0.01
 AGREES, DISAGREES, UNDECIDED, OPEN = "agrees", "disagrees", "undecided", "not judged"
 
 
@@ -35,6 +38,7 @@ class Order:
     metric: str
     better: str  # lower | higher
     settings: Sequence[str]  # that name an arm
+    gap: float = GAP  # the least difference that counts, as a share of the larger mean
 
     @property
     def parts(self) -> list[str]:
@@ -91,6 +95,7 @@ class Claim:
                 line.get("metric", self.node["metric"]),
                 line.get("better", self.node["better"]),
                 self.node["arms"],
+                line.get("gap", self.node.get("gap", GAP)),
             )
             for line in given
         ]
@@ -99,6 +104,10 @@ class Claim:
         sizes = sorted({run.setting("image_size") for run in self.runs if run.summary})
         if len(sizes) > 1:
             reason = f"runs of image_size {' and '.join(sizes)} are mixed; report one size at a time"
+            return [Verdict(order, OPEN, reason) for order in self.orders]
+        steps = [step for run in self.runs if (step := run.number("step")) is not None]
+        if steps and min(steps) < TRIAL:
+            reason = f"runs of {min(steps):g} steps show that the sweep runs, and no more"
             return [Verdict(order, OPEN, reason) for order in self.orders]
         return [judge(order, self.runs) for order in self.orders]
 
@@ -120,7 +129,7 @@ def judge(order: Order, runs: Sequence[Run]) -> Verdict:
         return Verdict(order, OPEN, str(error))
     signs = order.parts[1::2]
     found = [
-        compare(values[better], sign, values[worse], order.better)
+        compare(values[better], sign, values[worse], order.better, order.gap)
         for (better, worse), sign in zip(pairwise(order.arms), signs, strict=True)
     ]
     words = [word for word, _ in found]
@@ -129,25 +138,30 @@ def judge(order: Order, runs: Sequence[Run]) -> Verdict:
     return Verdict(order, word, f"{', '.join(means)}; " + "; ".join(reason for _, reason in found))
 
 
-def compare(first: dict[str, float], sign: str, second: dict[str, float], better: str) -> tuple[str, str]:
-    """The verdict on two neighbours, seed -> value: their mean gap counts where it exceeds the seeds' spread.
+def compare(
+    first: dict[str, float], sign: str, second: dict[str, float], better: str, least: float = GAP
+) -> tuple[str, str]:
+    """The verdict on two neighbours, seed -> value: their mean gap counts where it exceeds the seeds' spread, and the
+    `least` share of the larger mean.
 
     Runs of the same seed share weights, data and noise at their start, so the spread is the range of their gaps; arms
     without common seeds are compared by the larger range of their values.
     """
-    towards = -1 if better == "lower" else 1
-    gap = towards * (_mean(first.values()) - _mean(second.values()))
+    towards, means = -1 if better == "lower" else 1, [_mean(first.values()), _mean(second.values())]
+    gap = towards * (means[0] - means[1])
     if first.keys() == second.keys():
         gaps = [first[seed] - second[seed] for seed in first]
         spread = max(gaps) - min(gaps)
     else:
         spread = max(max(values.values()) - min(values.values()) for values in (first, second))
-    reason = f"gap {gap:+.2g}, seeds' spread {spread:.2g}"
+    needed = least * max(map(abs, means))
+    reason = f"gap {gap:+.2g}, seeds' spread {spread:.2g}" + (f", least {needed:.2g}" if needed > spread else "")
     if min(len(first), len(second)) < 2:
         return UNDECIDED, reason + " of one seed"
+    needed = max(spread, needed)
     if sign == "=":
-        return (AGREES if abs(gap) <= spread else DISAGREES), reason
-    return (AGREES if gap > spread else DISAGREES if -gap > spread else UNDECIDED), reason
+        return (AGREES if abs(gap) <= needed else DISAGREES), reason
+    return (AGREES if gap > needed else DISAGREES if -gap > needed else UNDECIDED), reason
 
 
 def _mean(values: Collection[float]) -> float:

@@ -1,6 +1,8 @@
 """The command line of `train.py` and `sample.py`: Hydra, answers before torch is imported, errors in one line."""
 
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -15,10 +17,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.build import config_dir, plain
-from ldm.tools.jobs import run_job
+from ldm.tools.jobs import Sweep, run_job
 from ldm.tools.words import base, groups, options, readable, sort_out
 from ldm.utils.errors import ConfigError, LdmError
 from ldm.utils.suggest import explain
+
+STOPPED = 128  # an exit code above: by the signal of that number
 
 
 def entry(config_name: str) -> Callable:
@@ -27,11 +31,14 @@ def entry(config_name: str) -> Callable:
     full_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
     def decorate(main: Callable[[dict, Path], float | None]) -> Callable[[], None]:
+        command = Command()
+
         def job(cfg: DictConfig) -> float | None:
             settings = HydraConfig.get()
             path = Path(settings.runtime.output_dir)
+            command.say(path, settings)
             if settings.mode == RunMode.MULTIRUN:  # errors are raised: the sweep goes on, and fails at its end
-                return run_job(main, plain(cfg), path, settings.job.num, list(settings.overrides.task))
+                return run_job(main, plain(cfg), path, settings.job.num, list(settings.overrides.task), command.sweep)
             try:
                 return main(plain(cfg), path)
             except LdmError as error:
@@ -46,21 +53,53 @@ def entry(config_name: str) -> Callable:
             if {"--help", "-h"} & set(sys.argv):
                 return print(usage(config_name))
             os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed by Hydra
-            typed = sys.argv[1:]
             try:
-                sys.argv[1:] = readable(typed, config_name)
+                command.begin(sys.argv)
+                sys.argv[1:] = readable(sys.argv[1:], config_name)
                 _adapt_to_torchrun(sys.argv)
                 program()
+                command.sweep.check()
             except (LdmError, HydraException, OmegaConfBaseException, OSError, KeyboardInterrupt) as error:
                 if full_traceback:
                     raise
                 _fail(*_line(error, config_name, sys.argv[1:]))
+            except SystemExit as stop:
+                if isinstance(stop.code, int) and stop.code > STOPPED and command.again:
+                    print(command.again, file=sys.stderr)
+                raise
             finally:
                 os.environ["HYDRA_FULL_ERROR"] = "1" if full_traceback else "0"
 
         return run
 
     return decorate
+
+
+class Command:
+    """What was typed, and how it is typed again once it has been stopped."""
+
+    def begin(self, argv: list[str]) -> None:
+        self.program, self.words = argv[0], argv[1:]
+        self.again: str | None = None
+        self.sweep = Sweep([word.partition("=")[0] for word in self.words if "=glob(" in word])
+
+    def say(self, path: Path, settings: DictConfig) -> None:
+        """Print where the results go and the command that continues, where there is a directory of its own."""
+        several = settings.mode == RunMode.MULTIRUN
+        if path == Path.cwd() or self.again or os.environ.get("RANK", "0") != "0":
+            return
+        place = f"hydra.{'sweep' if several else 'run'}.dir={_short(path.parent if several else path)}"
+        words = [word for word in self.words if word.partition("=")[0] != place.partition("=")[0]]
+        python = "python" if shutil.which("python") == sys.executable else _short(Path(sys.executable))
+        typed = shlex.join([python, self.program, *words, place])
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        self.again = f"to continue: {typed}" if alone else f"to continue: the same torchrun command with {place}"
+        print(f"{place.partition('=')[2]}; if stopped, {self.again}", flush=True)
+
+
+def _short(path: Path) -> str:
+    """A path as it is typed here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def usage(config_name: str) -> str:

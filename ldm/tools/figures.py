@@ -13,6 +13,8 @@ DECADE = 10  # a panel whose positive values span more than this is logarithmic
 PANELS = 5  # at most
 LEGEND = 16  # rows, at most: more hide the curves
 LINE = 0.2  # inches, of a row of dots
+COLOURS = ("#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcbd22 #17becf "
+           "#aec7e8 #ffbb78 #98df8a #ff9896 #c5b0d5 #c49c94 #f7b6d2 #c7c7c7 #dbdb8d #9edae5").split()  # fmt: skip
 
 
 def plot(rows: list[Row], claims: Sequence[Claim], path: Path) -> str:
@@ -28,12 +30,13 @@ def plot(rows: list[Row], claims: Sequence[Claim], path: Path) -> str:
     height = max([4.2, *(LINE * len(dots) for _, dots in panels)])
     figure = Figure(figsize=(5.2 * (1 + len(panels)), height), layout="constrained")
     first, *others = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
-    _curves(first, rows, "loss")
+    colours = colours_of(rows, claims, panels)
+    _curves(first, rows, "loss", colours)
     for axis, (metric, dots) in zip(others, panels, strict=True):
         if any(len(run.curves.get(metric, [])) > 2 for row in rows for run in row.runs):
-            _curves(axis, rows, metric)
+            _curves(axis, rows, metric, colours)
         else:
-            _dots(axis, metric, dots)
+            _dots(axis, metric, dots, colours)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=80)
     return str(path)
@@ -51,23 +54,38 @@ def panels_of(rows: list[Row], claims: Sequence[Claim]) -> list[tuple[str, dict[
     return [(name, {row.label: row.values(name) for row in rows}) for name in metric_names(rows)[:1]]
 
 
-def _curves(axis, rows: list[Row], name: str) -> None:
+def colours_of(rows: list[Row], claims: Sequence[Claim], panels: Sequence[tuple[str, dict]]) -> dict[str, str]:
+    """A colour for every row and every arm, in all panels: an arm that is a row has its colour, a way of sampling one
+    of its own."""
+    owner = {id(run): row.label for row in rows for run in row.runs}
+    same: dict[str, str] = {}
+    for claim, order in ((claim, order) for claim in claims for order in claim.orders):
+        for arm in order.arms:
+            labels = {owner[id(run)] for run in order.runs(arm, claim.runs)}
+            if len(labels) == 1 and len(arm.split("/")) == len(order.settings):
+                same[arm] = labels.pop()
+    names = dict.fromkeys([row.label for row in rows] + [arm for _, dots in panels for arm in dots if arm not in same])
+    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
+    return colours | {arm: colours[label] for arm, label in same.items()}
+
+
+def _curves(axis, rows: list[Row], name: str, colours: dict[str, str]) -> None:
     """A metric over steps; a loss as a running mean."""
-    for number, row in enumerate(rows):
-        axis.plot([], [], color=f"C{number}", label=row.label)
+    for row in rows:
+        axis.plot([], [], color=colours[row.label], label=row.label)
         for run in row.runs:
             curve = run.curves.get(name, [])
             points = smooth(curve) if name == "loss" else tuple(zip(*curve, strict=True)) or ([], [])
-            axis.plot(*points, color=f"C{number}", alpha=0.8, linewidth=1)
+            axis.plot(*points, color=colours[row.label], alpha=0.8, linewidth=1)
     values = [value for row in rows for run in row.runs for _, value in run.curves.get(name, [])]
     axis.set(xlabel="step", ylabel=name, yscale=_scale(values))
     if len(rows) <= LEGEND:
         axis.legend(fontsize="x-small")
 
 
-def _dots(axis, name: str, arms: dict[str, list[float]]) -> None:
-    for number, (arm, values) in enumerate(arms.items()):
-        axis.plot(values, [arm] * len(values), "o", color=f"C{number}")
+def _dots(axis, name: str, arms: dict[str, list[float]], colours: dict[str, str]) -> None:
+    for arm, values in arms.items():
+        axis.plot(values, [arm] * len(values), "o", color=colours[arm])
     axis.set(xlabel=name, xscale=_scale([value for values in arms.values() for value in values]))
     axis.yaxis.set_inverted(True)  # in the order of the table
     axis.grid(axis="x", alpha=0.3)

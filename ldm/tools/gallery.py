@@ -2,18 +2,23 @@
 
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from torch import Tensor
 
-from ldm.data.transforms import resize_crop
-from ldm.generate import Edit
-from ldm.io.images import read_image, write_png
-from ldm.io.text import write_json
+from ldm.drawing import Edit, edit_of
+from ldm.io.files import read_bytes
+from ldm.io.images import write_png
+from ldm.io.text import decode_text, read_json, write_json
 from ldm.utils.errors import ConfigError, DataError
 from ldm.utils.images import labelled_grid
 
+RECORDS, GRID = "samples.json", "grid.png"
+MAX_PROMPTS = 1 << 26  # bytes of a file of them
 HOW = ("weights", "kind", "vae", "text_encoder", "text_encoder_2", "embeddings", "formula", "refiner", "handover",
        "dialect", "sampler", "times", "steps", "guidance", "threshold", "negative", "prompt_weights", "image",
        "mask", "strength", "lora", "controlnet", "t2i_adapter", "composition", "every", "aug_level", "image_size",
@@ -21,11 +26,21 @@ HOW = ("weights", "kind", "vae", "text_encoder", "text_encoder_2", "embeddings",
 
 
 def read_pairs(cfg: dict) -> list[tuple[str, int]]:
-    """Every prompt with every seed; one of either need not be a list."""
+    """Every prompt with every seed; one of either need not be a list, and @FILE has a prompt on each line."""
     prompts, seeds = (value if isinstance(value, list) else [value] for value in (cfg["prompts"], cfg["seeds"]))
-    if not all(isinstance(seed, int) for seed in seeds) or not seeds:
+    if not all(type(seed) is int for seed in seeds) or not seeds:
         raise ConfigError(f"seeds={cfg['seeds']} is not a list of whole numbers, e.g. seeds='[0,1]'")
+    if isinstance(cfg["prompts"], str) and cfg["prompts"].startswith("@"):
+        prompts = read_prompts(Path(cfg["prompts"][1:]).expanduser())
     return [(str(prompt), seed) for prompt in prompts if prompt is not None for seed in dict.fromkeys(seeds)]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty. Raises DataError where there is none."""
+    lines = decode_text(read_bytes(path, max_bytes=MAX_PROMPTS), str(path)).removeprefix("\ufeff").splitlines()
+    if prompts := [line.strip() for line in lines if line.strip()]:
+        return prompts
+    raise DataError(f"{path} has no prompt; write one on each line")
 
 
 def texts_of(cfg: dict) -> list[str]:
@@ -41,31 +56,62 @@ def check_writable(out: Path) -> None:
         raise ConfigError(f"out={out} cannot be written: {parent} is not a folder that this user may write to")
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder made for one command: `path`, or with a number behind it; gone again where nothing was left in it."""
+    for number in count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        break
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def own_files(out: Path) -> set[str]:
+    """The pictures in a folder that an earlier command has drawn there."""
+    try:
+        records = read_json(out / RECORDS)
+    except DataError:
+        return set()
+    records = records if isinstance(records, list) else []
+    names = [str(record.get("file")) for record in records if isinstance(record, dict)]
+    return {name for name in names if re.fullmatch(r"\d+\.png", name)} | {GRID}
+
+
+def check_own(out: Path, number: int) -> None:
+    """ConfigError where pictures would be replaced that no earlier command has drawn."""
+    names = {file_name(k) for k in range(number)} | {GRID}
+    if strangers := sorted(name for name in names - own_files(out) if (out / name).exists()):
+        raise ConfigError(f"out={out} has a {strangers[0]} that was not drawn by sample.py; choose another folder")
+
+
+def file_name(number: int) -> str:
+    return f"{number:04d}.png"
+
+
 def read_edit(cfg: dict, size: Sequence[int]) -> Edit | None:
     """The picture and the mask of a config, at the height and width that are sampled."""
-    if not cfg["image"]:
-        if given := [name for name in ("mask", "strength") if cfg[name] is not None]:
-            raise ConfigError(f"{given[0]} is set but image is not; give the picture to change, e.g. image=photo.png")
-        return None
-    strength = cfg["strength"]
-    if not isinstance(strength, int | float | None) or not 0 <= (strength or 0) <= 1:
-        raise ConfigError(f"strength={strength} must lie between 0 (keep the picture) and 1 (forget it)")
-    image, mask = read_image(cfg["image"]), read_image(cfg["mask"]) if cfg["mask"] else None
-    if mask is not None and mask.shape != image.shape:
-        found, expected = (f"{width}x{height}" for _, height, width in (mask.shape, image.shape))
-        raise DataError(f"mask {cfg['mask']} is {found} pixels, expected {expected}, the size of {cfg['image']}")
-    image = resize_crop(image, *size)
-    return Edit(image, strength, None if mask is None else (resize_crop(mask, *size)[:1] > 127).float())
+    return edit_of(cfg["image"] or None, cfg["mask"] or None, cfg["strength"], size)
 
 
 def write_gallery(out: Path, images: Tensor, pairs: list[tuple[str, int]], cfg: dict, columns: int) -> None:
-    """Write images (B 3 H W uint8) of (prompt, seed) pairs below `out`; each PNG says how it was made."""
+    """Write images (B 3 H W uint8) of (prompt, seed) pairs below `out`, in place of those drawn there before; each PNG
+    says how it was made."""
+    check_own(out, len(pairs))
     out.mkdir(parents=True, exist_ok=True)
     settings = {name: cfg[name] for name in ("run", "step", *HOW)}
-    records = []
+    records, before = [], own_files(out)
     for number, (image, (prompt, seed)) in enumerate(zip(images, pairs, strict=True)):
-        records.append({"file": f"{number:04d}.png", "prompt": prompt, "seed": seed, **settings})
+        records.append({"file": file_name(number), "prompt": prompt, "seed": seed, **settings})
         text = {"prompt": prompt, "seed": str(seed), "settings": json.dumps(settings)}
         write_png(out / records[-1]["file"], image, text)
-    write_png(out / "grid.png", labelled_grid(images, [prompt for prompt, _ in pairs], columns))
-    write_json(out / "samples.json", records)
+    write_png(out / GRID, labelled_grid(images, [prompt for prompt, _ in pairs], columns))
+    write_json(out / RECORDS, records)
+    for name in before - {GRID} - {record["file"] for record in records}:
+        (out / name).unlink(missing_ok=True)

@@ -38,6 +38,7 @@ def measure(cfg: dict, out: Path) -> None:
     check_no_pictures(cfg)
     world = init(local_device(pick_device(cfg["device"])))
     try:
+        out = world.first(lambda: out)  # the name of a new folder is each rank's own
         run, refiner = load_subject(cfg)
         draw = Draw(cfg, run, refiner, out, world)
         if not world.is_main:
@@ -51,6 +52,9 @@ def measure(cfg: dict, out: Path) -> None:
 
 
 def check_no_pictures(cfg: dict) -> None:
+    """ConfigError for settings of pictures, and for no pictures at all."""
+    if cfg["num_images"] is not None and not (type(cfg["num_images"]) is int and cfg["num_images"] > 0):
+        raise ConfigError(f"num_images={cfg['num_images']}: metrics need at least 1 image; null is their own number")
     if given := [name for name in ("prompts", "image", "mask") if cfg[name]]:
         raise ConfigError(f"{', '.join(given)} and metrics are both set: metrics draw held-out prompts; leave one out")
 

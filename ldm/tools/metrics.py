@@ -7,6 +7,9 @@ from typing import Any
 
 from ldm.build import compose, make
 from ldm.sampling import Sampling
+from ldm.utils.errors import ConfigError
+
+COUNTS = ("num_images", "num_prompts", "num_reference")  # of images that metrics draw or look at
 
 
 def build_metrics(nodes: dict) -> dict[str, Callable]:
@@ -16,6 +19,8 @@ def build_metrics(nodes: dict) -> dict[str, Callable]:
 
 def build_metric(node: dict) -> Callable:
     node, parts = dict(node), {}
+    if empty := [name for name in COUNTS if node.get(name) is not None and node[name] < 1]:
+        raise ConfigError(f"{node['_target_']}: {empty[0]}={node[empty[0]]} leaves nothing to measure; give 1 or more")
     if "features" in node:
         parts["features"] = extractor(json.dumps(node.pop("features")))
     if "perceptual" in node:

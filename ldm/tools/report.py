@@ -14,6 +14,7 @@ from ldm.io.files import replacing
 from ldm.tools.claims import claims
 from ldm.tools.drawn import Drawn, drawn_grid, drawn_table, find_drawn
 from ldm.tools.figures import contact_sheet, plot
+from ldm.tools.jobs import LEFT_OUT
 from ldm.tools.page import Block, Heading, Picture, Table, Text, markdown, page
 from ldm.tools.runs import MARKS, Run, find_runs
 from ldm.tools.table import as_csv, group, notes, sampling_table, settings_table
@@ -58,7 +59,8 @@ def about_drawn(drawn: list[Drawn], failed: list[tuple[Path, str]], out: Path) -
     if drawn:
         blocks += [Heading("Images"), Table(drawn_table(drawn))]
         blocks += _picture(drawn_grid(drawn, out / "drawn.png"), out / "drawn.png", "The same prompts and seeds")
-    return blocks + ([Text("\n".join(f"- failed: {path} ({error})" for path, error in failed))] if failed else [])
+    lines = [f"- {'' if error.startswith(LEFT_OUT) else 'failed: '}{path} ({error})" for path, error in failed]
+    return blocks + ([Text("\n".join(lines))] if lines else [])
 
 
 def _picture(done: str, path: Path, caption: str) -> list[Block]:

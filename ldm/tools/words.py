@@ -206,8 +206,9 @@ def check_added(word: str, key: str, value: str, config_name: str, cfg: Callable
 
 
 def groups(config_name: str) -> dict[str, str]:
-    """The groups of a root config, each with the option that it chooses."""
-    _, _, rest = (config_dir() / f"{config_name}.yaml").read_text().partition("defaults:\n")
+    """The groups of a shipped root config, each with the option that it chooses."""
+    path = config_dir() / f"{config_name}.yaml"
+    _, _, rest = (path.read_text() if path.exists() else "").partition("defaults:\n")
     return dict(re.findall(r"^  - (\w+): (\w+)", rest.partition("\n\n")[0], re.MULTILINE))
 
 

@@ -211,7 +211,7 @@ class Session:
                 self.world.first(write)
                 self.saved, self.failed_saves = step, 0
                 if stop:
-                    report.say(f"saved step {step}; the same command continues from there")
+                    report.say(f"saved step {step}")
             except CheckpointError as error:
                 self.failed_saves += 1
                 if last or self.failed_saves == MAX_FAILED_SAVES:
