@@ -21,6 +21,7 @@ from ldm.sampling import Sampling
 from ldm.training.checkpoint import find, load_config, load_files, load_weights
 from ldm.utils.devices import pick_device
 from ldm.utils.errors import ConfigError, DataError
+from ldm.utils.finite import check_drawn
 from ldm.utils.seeding import Noise
 
 if TYPE_CHECKING:  # most models are drawn from without adapters
@@ -140,7 +141,8 @@ class Task:
             noise = self.noise("known") if dialect.known == "fresh" else lambda _: eps
             callback = keeping(process, image, mask, times, noise, callback)
         generator = self.noise("sampler")
-        return codec.decode(self.sampling.sampler(denoise, process, x, times, generator=generator, callback=callback))
+        x = self.sampling.sampler(denoise, process, x, times, generator=generator, callback=callback)
+        return codec.decode(check_drawn(x, objective))
 
     def _pictures(self, device: torch.device) -> dict[str, Tensor]:
         """The picture and the mask, C H W each: one of them, or as many as there are posteriors to draw from."""

@@ -72,14 +72,17 @@ class CLIPText(nn.Module):
         projected: bool = False,  # the pooled vector; a file either has this matrix or not
         vocab_size: int = 49408,
         length: int = LENGTH,
+        mlp_dim: int | None = None,  # None: 4 width
+        projection_dim: int | None = None,  # None: width
     ):
         super().__init__()
         self.width = width
+        self.pooled_dim = projection_dim or width if projected else width
         self.tokens = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.empty(length, width))
-        self.blocks = nn.ModuleList(Block(width, num_heads, 4 * width, activation, causal=True) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_dim or 4 * width, activation, causal=True) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.projection = Linear(width, width, bias=False) if projected else None
+        self.projection = Linear(width, self.pooled_dim, bias=False) if projected else None
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -145,7 +148,7 @@ class CLIPTextEncoder(Encoder):
         self.emphasis = emphasis
         self.memory = Memory()
         self.null = None if zero_null else ""
-        self.dims = {"context_dim": network.width} | ({"pooled_dim": network.width} if pooled else {})
+        self.dims = {"context_dim": network.width} | ({"pooled_dim": network.pooled_dim} if pooled else {})
 
     @property
     def emphasis(self) -> str | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.models.autoencoder import AutoencoderKL, sample_posterior
 from ldm.utils.errors import ConfigError, DataError, NonFiniteError
+from ldm.utils.finite import check_finite
 from ldm.utils.seeding import Noise, randn_like
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -122,9 +123,9 @@ class LatentCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """(B C H/f W/f) -> (B 3 H W) uint8. Raises NonFiniteError when the latents are not numbers: no black images."""
+        """(B C H/f W/f) -> (B 3 H W) uint8. Raises NonFiniteError for what is not a number: no black images."""
         if not x.isfinite().all():
-            raise NonFiniteError("the latents to decode are not finite; sample in dtype=fp32 or bf16")
+            raise NonFiniteError("the latents to decode are not finite; the network that made them went wrong")
         return to_uint8(self._finite(lambda vae, z: vae.decode(z), x.to(self.scale) / self.scale + self.shift))
 
     def train(self, mode: bool = True) -> "LatentCodec":
@@ -136,12 +137,12 @@ class LatentCodec(nn.Module):
         dtype = next(self.autoencoder.parameters()).dtype
         with torch.autocast(x.device.type, enabled=False):
             y = compute(self.autoencoder, x.to(dtype)).float().contiguous()
-            if dtype != torch.float16 or (finite := y.isfinite().flatten(1).all(1)).all():
-                return y
-            if not self.overflowed:
-                print("warning: the autoencoder overflows in float16; such images take float32", file=sys.stderr)
-                self.overflowed = True
-            y[~finite] = compute(copy.deepcopy(self.autoencoder).float(), x[~finite])
+            if not (finite := y.isfinite().flatten(1).all(1)).all() and dtype == torch.float16:
+                if not self.overflowed:
+                    print("warning: the autoencoder overflows in float16; such images take float32", file=sys.stderr)
+                    self.overflowed = True
+                y[~finite] = compute(copy.deepcopy(self.autoencoder).float(), x[~finite])
+        check_finite(y, "what the autoencoder gives is not finite", {"autoencoder": self.autoencoder}, torch.float32)
         return y
 
     def _per_channel(self, name: str, value: float | Sequence[float]) -> Tensor:

@@ -256,12 +256,19 @@ def split_features(features: Sequence[Tensor], num_levels: int) -> tuple[Sequenc
 class VectorConditioning(nn.Module):
     """Time, and where they are used class, pooled text and sizes, as one vector added to every ResBlock: -> (B E)."""
 
-    def __init__(self, channels: int, pooled_dim: int | None, num_sizes: int, num_classes: int | None):
+    def __init__(
+        self,
+        channels: int,
+        pooled_dim: int | None,
+        num_sizes: int,
+        num_classes: int | None,
+        size_dim: int = SIZE_DIM,
+    ):
         super().__init__()
-        self.channels = channels
+        self.channels, self.size_dim = channels, size_dim
         self.out_dim = emb_dim = 4 * channels
         self.pooled_dim, self.num_sizes, self.num_classes = pooled_dim, num_sizes, num_classes
-        vector_dim = (pooled_dim or 0) + num_sizes * SIZE_DIM
+        vector_dim = (pooled_dim or 0) + num_sizes * size_dim
         self.time_mlp = MLP(channels, emb_dim, emb_dim)
         self.vector_mlp = MLP(vector_dim, emb_dim, emb_dim) if vector_dim else None
         self.label_embedding = nn.Embedding(num_classes + 1, emb_dim) if num_classes else None
@@ -275,7 +282,7 @@ class VectorConditioning(nn.Module):
         emb = self.time_mlp(sinusoid(t, self.channels).to(dtype))  # B E
         if self.vector_mlp is not None:
             parts = [] if pooled is None else [pooled.to(dtype)]
-            parts += [] if size is None else [sinusoid(size, SIZE_DIM).flatten(1).to(dtype)]  # B K*256
+            parts += [] if size is None else [sinusoid(size, self.size_dim).flatten(1).to(dtype)]
             emb = emb + self.vector_mlp(torch.cat(parts, dim=1))
         if labels is not None:
             emb = emb + self.label_embedding(labels)
@@ -324,6 +331,7 @@ class UNet(nn.Module):
         context_dim: int | None = None,  # D of `context`
         pooled_dim: int | None = None,  # D of `pooled`
         num_sizes: int = 0,  # K of `size`
+        size_dim: int = SIZE_DIM,  # of the sinusoid of each
         num_classes: int | None = None,  # of `labels`; the null class is one more row
         linear_projection: bool = True,  # False: files hold a transformer's ends as 1x1 convolutions, as SD 1.x
         dropout: float = 0.0,  # in the ResBlocks, as published
@@ -333,7 +341,7 @@ class UNet(nn.Module):
         levels, middle = plan([channels * mult for mult in channel_mult], depth, head_dim)
         self.in_channels = in_channels
         self.context_dim = context_dim if any(depth) else None
-        self.conditioning = VectorConditioning(channels, pooled_dim, num_sizes, num_classes)
+        self.conditioning = VectorConditioning(channels, pooled_dim, num_sizes, num_classes, size_dim)
         res = partial(ResBlock, emb_dim=self.conditioning.out_dim, dropout=dropout)
         transformer = partial(SpatialTransformer, context_dim=context_dim, linear_projection=linear_projection)
 

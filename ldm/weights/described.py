@@ -9,8 +9,9 @@ from typing import Any
 
 from ldm.io.text import read_config, read_yaml
 from ldm.utils.errors import DataError, WeightsError
-from ldm.weights.components import kind_of
+from ldm.weights.components import class_name, kind_of
 from ldm.weights.formats import Config
+from ldm.weights.formats_clip import WHOLE
 
 YML = "config.yml"  # beside the one file of weights of a network, as DeepFloyd's authors publish theirs
 YAMLS = (".yaml", ".yml")
@@ -34,7 +35,8 @@ def json_of(path: Path, kind: str) -> Config | None:
     """The config.json that describes the network of this kind in a file, where there is one."""
     for file in (path.with_suffix(".json"), path.parent / "config.json"):
         config = config_of(file) if file.is_file() else {}
-        if config and kind_of(config) == kind:
+        is_whole = kind.startswith("clip_") and class_name(config) == WHOLE
+        if config and (is_whole or kind_of(config) == kind):
             return config
     return None
 

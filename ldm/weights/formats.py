@@ -62,6 +62,7 @@ def unet_from_config(config: Config) -> Config:
         "num_sizes": num_sizes,
         "num_classes": classes - 1 if classes else None,  # ours has a row for the null class beside them
         "linear_projection": config.get("use_linear_projection", False),
+        **_size_dim(config.get("addition_time_embed_dim") if num_sizes else None),
     }
 
 
@@ -69,16 +70,21 @@ def _vector(config: Config, context_dim: int) -> tuple[int | None, int]:
     """Width of the pooled text and number of sizes, of which the file gives only the sum."""
     if config.get("addition_embed_type") is None:
         return None, 0
-    found = config["addition_embed_type"], config.get("addition_time_embed_dim")
-    if found != ("text_time", SIZE_DIM):
-        raise WeightsError(f"addition_embed_type, addition_time_embed_dim = {found}, expected text_time, {SIZE_DIM}")
-    return split_vector(config["projection_class_embeddings_input_dim"], context_dim)
+    if (kind := config["addition_embed_type"]) != "text_time":
+        raise WeightsError(f"config.json has addition_embed_type={str(kind)[:60]}, this network is for text_time only")
+    total, size_dim = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
+    return split_vector(total, context_dim, size_dim)
 
 
-def split_vector(total: int, context_dim: int) -> tuple[int, int]:
+def split_vector(total: int, context_dim: int, size_dim: int = SIZE_DIM) -> tuple[int, int]:
     """(pooled_dim, num_sizes): the refiner has one text encoder, so both texts are as wide, and 5 sizes; SDXL has 6."""
-    num_sizes = 5 if total - 5 * SIZE_DIM == context_dim else 6
-    return total - num_sizes * SIZE_DIM, num_sizes
+    num_sizes = 5 if total - 5 * size_dim == context_dim else 6
+    return total - num_sizes * size_dim, num_sizes
+
+
+def _size_dim(size_dim: int | None) -> Config:
+    """The argument of `UNet` where it is not that of published models."""
+    return {} if size_dim in (None, SIZE_DIM) else {"size_dim": size_dim}
 
 
 def unet_from_shapes(shapes: Shapes) -> Config:
@@ -149,6 +155,7 @@ def unet_arguments(net: UNet) -> Config:
         "num_sizes": conditioning.num_sizes,
         "num_classes": conditioning.num_classes,
         "linear_projection": not any(isinstance(module, TokenConv) for module in net.modules()),
+        **_size_dim(conditioning.size_dim),
     }
 
 
@@ -163,8 +170,8 @@ def unet_to_config(net: UNet) -> Config:
     is_vector = bool(net.conditioning.vector_mlp)
     vector = {
         "addition_embed_type": "text_time",
-        "addition_time_embed_dim": SIZE_DIM,
-        "projection_class_embeddings_input_dim": (a["pooled_dim"] or 0) + a["num_sizes"] * SIZE_DIM,
+        "addition_time_embed_dim": net.conditioning.size_dim,
+        "projection_class_embeddings_input_dim": (a["pooled_dim"] or 0) + a["num_sizes"] * net.conditioning.size_dim,
     }
     return {
         "_class_name": "UNet2DConditionModel",

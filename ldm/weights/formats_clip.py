@@ -8,26 +8,31 @@ from ldm.conditioning.clip import ACTIVATIONS, CLIPText, CLIPVision
 from ldm.weights.formats import MAX_REPEATS, Config, Shapes, check_fixed
 
 PROJECTED = "CLIPTextModelWithProjection"
+WHOLE = "CLIPModel"  # both towers; which of them a source is of, its component says
 TEXT_CLASSES = ("CLIPTextModel", PROJECTED)
 FIXED = {"layer_norm_eps": 1e-5}
+VOCABULARY = 49408  # of every CLIP as published; its last token ends a text
 OPEN_CLIP_WIDTHS = (1024, 1280)  # of H and bigG, which have the exact GELU under whatever names
+OPENAI_WIDTHS = (512, 768)  # of OpenAI's, which have the quick one under whatever names
 HEADS = {1280: 16, 1664: 16}  # of the vision towers H and bigG; heads of all others are 64 wide
 HF = {  # names in a file -> what they are for
     "norm": "final_layer_norm.weight", "tokens": "embeddings.token_embedding.weight",
     "positions": "embeddings.position_embedding.weight", "block": "encoder.layers.{}.layer_norm1.weight",
+    "mlp": "encoder.layers.0.mlp.fc1.weight",
 }  # fmt: skip
 OPEN_CLIP = {
     "norm": "ln_final.weight", "tokens": "token_embedding.weight",
     "positions": "positional_embedding", "block": "transformer.resblocks.{}.ln_1.weight",
+    "mlp": "transformer.resblocks.0.mlp.c_fc.weight",
 }  # fmt: skip
 
 
 def text_from_config(config: Config) -> Config:
     """Arguments of `CLIPText` from the config.json of a CLIPTextModel, with projection or without. WeightsError."""
+    config = tower(config, "text_config")
     width = config.get("hidden_size", 512)
-    projected = PROJECTED in (config.get("architectures") or ())
-    fixed = FIXED | {"intermediate_size": 4 * width} | ({"projection_dim": width} if projected else {})
-    check_fixed(config, fixed)
+    projected = bool({PROJECTED, WHOLE} & set(config.get("architectures") or ()))
+    check_fixed(config, FIXED)
     return {
         "width": width,
         "depth": config.get("num_hidden_layers", 12),
@@ -36,7 +41,22 @@ def text_from_config(config: Config) -> Config:
         "projected": projected,
         "vocab_size": config.get("vocab_size", 49408),
         "length": config.get("max_position_embeddings", 77),
+        **_sizes(width, config.get("intermediate_size", 2048), config.get("projection_dim", 512) if projected else None),
     }
+
+
+def tower(config: Config, name: str) -> Config:
+    """The config of one tower, in that of a whole CLIP too, whose projections are as wide as it says at its root."""
+    if not isinstance(inner := config.get(name), dict):
+        return config
+    shared = {key: config[key] for key in ("architectures", "projection_dim") if key in config}
+    return inner | shared
+
+
+def _sizes(width: int, mlp_dim: int, projection_dim: int | None) -> Config:
+    """Arguments of `CLIPText` where they are not those of published models: an MLP of 4 width, a projection of width."""
+    sizes = {"mlp_dim": (mlp_dim, 4 * width), "projection_dim": (projection_dim, width)}
+    return {name: size for name, (size, published) in sizes.items() if size not in (None, published)}
 
 
 def text_from_shapes(shapes: Shapes) -> Config:
@@ -45,14 +65,17 @@ def text_from_shapes(shapes: Shapes) -> Config:
     prefix = "text_model." if any(key.startswith("text_model.") for key in shapes) else ""
     names = OPEN_CLIP if is_open else {what: prefix + name for what, name in HF.items()}
     (width,) = shapes[names["norm"]]
+    projection = shapes.get("text_projection" if is_open else "text_projection.weight")
+    exact = is_open and width not in OPENAI_WIDTHS or width in OPEN_CLIP_WIDTHS
     return {
         "width": width,
         "depth": sum(names["block"].format(i) in shapes for i in range(MAX_REPEATS)),
         "num_heads": max(width // 64, 1),
-        "activation": "gelu" if is_open or width in OPEN_CLIP_WIDTHS else "quick_gelu",
-        "projected": ("text_projection" if is_open else "text_projection.weight") in shapes,
+        "activation": "gelu" if exact else "quick_gelu",
+        "projected": projection is not None,
         "vocab_size": shapes[names["tokens"]][0],
         "length": shapes[names["positions"]][0],
+        **_sizes(width, shapes[names["mlp"]][0], projection and projection[1 if is_open else 0]),
     }
 
 
@@ -66,6 +89,7 @@ def text_arguments(net: CLIPText) -> Config:
         "projected": net.projection is not None,
         "vocab_size": net.tokens.num_embeddings,
         "length": len(net.positions),
+        **_sizes(net.width, net.blocks[0].mlp.fc1.out_features, net.pooled_dim),
     }
 
 
@@ -76,19 +100,24 @@ def text_to_config(net: CLIPText) -> Config:
         "architectures": [TEXT_CLASSES[a["projected"]]],
         "model_type": "clip_text_model",
         "hidden_size": a["width"],
-        "intermediate_size": 4 * a["width"],
-        "projection_dim": a["width"],
+        "intermediate_size": a.get("mlp_dim", 4 * a["width"]),
+        "projection_dim": a.get("projection_dim", a["width"]),
         "num_hidden_layers": a["depth"],
         "num_attention_heads": a["num_heads"],
         "hidden_act": a["activation"],
         "vocab_size": a["vocab_size"],
         "max_position_embeddings": a["length"],
-        # As published. No vocabulary has these ids; an end of 2 means to pool at the largest id of a text.
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "pad_token_id": 1,
+        **_marks(a["vocab_size"]),
         **FIXED,
     }
+
+
+def _marks(vocab_size: int) -> Config:
+    """Ids of the ends of a text, by which transformers pools: 2, which no vocabulary has there, means at the largest id
+    of a text, as published; tokens that were added to CLIP's have larger ones, so then it is told the end itself."""
+    if vocab_size <= VOCABULARY:
+        return {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    return {"bos_token_id": VOCABULARY - 2, "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}
 
 
 def text_used(arguments: Config, layout: str) -> Config:
@@ -101,6 +130,7 @@ def text_used(arguments: Config, layout: str) -> Config:
 
 def vision_from_config(config: Config) -> Config:
     """Arguments of `CLIPVision` from the config.json of a CLIPVisionModelWithProjection. Raises WeightsError."""
+    config = tower(config, "vision_config")
     check_fixed(config, FIXED | {"num_channels": 3})
     return {
         "width": config.get("hidden_size", 768),

@@ -14,8 +14,9 @@ from ldm.weights.components import COMPONENTS, FOLDERS, class_name, kind_of
 from ldm.weights.described import YML, config_of, if_params, json_of, unet_params
 from ldm.weights.detect import class_words, looks_like, stranger
 from ldm.weights.formats import Config
+from ldm.weights.formats_clip import WHOLE
 from ldm.weights.ledger import listing, say
-from ldm.weights.parts import Part, find_parts
+from ldm.weights.parts import VISION, Part, find_parts
 from ldm.weights.places import NETWORKS
 
 SUFFIXES = (".safetensors", ".bin")
@@ -176,6 +177,9 @@ def _open_folder(path: Path, component: str | None, how: How) -> Source:
         raise WeightsError(f"{path / names[0]}: no config.json; {found}")
     config = config_of(folder / "config.json")
     name, kind = _described(folder, config)
+    if name == WHOLE:  # of CLIP: one of its towers
+        name = component or "text_encoder"
+        kind = "clip_vision" if name == "image_encoder" else "clip_text"
     if kind is None:
         raise WeightsError(f"{folder}: holds a {class_words(name)}; what can be loaded is {', '.join(FOLDERS)}")
     if component not in (None, *COMPONENTS[kind].folders):
@@ -183,6 +187,8 @@ def _open_folder(path: Path, component: str | None, how: How) -> Source:
     stored, ours = _index_folder(folder, COMPONENTS[kind].files, how.variant), None
     if (unused := folder / UNUSED).is_file():
         stored, ours = stored | index_tensors(unused), read_header(unused).ldm.get(name)
+    if kind.startswith("clip_"):
+        stored = {key: each for key, each in stored.items() if key.startswith(VISION) == (kind == "clip_vision")}
     return Source(folder, component or name, kind, "diffusers", stored, config, ours, strict=how.strict)
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,10 @@ def load_system(
     for place in needed(system, has_texts):
         keeps = dtype is None or place.slot != "autoencoder"
         own = formula if place.slot == "network" else None
-        net = load_source(sources[place.folder], dtype if keeps else torch.float32, device, formula=own)
+        source = sources[place.folder]
+        if place.slot == "clip_h":  # alone in a file of OpenCLIP's it has a block that SD 2 does not read
+            source = replace(source, in_system=source.config is None)
+        net = load_source(source, dtype if keeps else torch.float32, device, formula=own)
         networks[place.slot], nodes[place.slot] = net, node_of(net)
     texts = [place.folder for place in needed(system, has_texts) if place.folder.startswith("text_encoder")]
     beside = [path, *(Path(parts[folder]) for folder in texts if folder in parts)] if texts else []
