@@ -3,14 +3,17 @@
 import os
 import posixpath
 import stat
+import tarfile
 import zipfile
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ldm.io.files import read_bytes
 from ldm.utils.errors import DataError
 
 MAX_MEMBERS = 10_000_000
+MAX_MEMBER = 64 << 20  # bytes of one that is read in turn
 MAX_RATIO = 200  # bytes out per byte in; text reaches 20, a bomb 1000
 UTF8 = 0x800  # the flag of a zip's member whose name is UTF-8; others are read as cp437, whatever they are
 SYSTEM_FILES = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "$recycle.bin"}
@@ -26,6 +29,22 @@ def open_folder(path: str | os.PathLike) -> "DiskFolder | ZipFolder":
     if path.exists():
         raise DataError(f"{path}: neither a folder nor a .zip file; unpack it, and give the folder")
     raise DataError(f"{path}: no such folder or .zip file")
+
+
+def read_members(path: str | os.PathLike, wanted: Callable[[str], object]) -> Iterator[tuple[str, bytes]]:
+    """Names and bytes of the wanted files of a folder, a .zip or a .tar, one after another. Raises DataError."""
+    if not tarfile.is_tarfile(path) if Path(path).is_file() else True:
+        folder = open_folder(path)
+        for name in filter(wanted, folder.names):
+            yield name, folder.read(name, max_bytes=MAX_MEMBER)
+        return
+    try:
+        with tarfile.open(path, "r|*") as archive:
+            for entry in archive:
+                if entry.isreg() and entry.size <= MAX_MEMBER and wanted(entry.name):
+                    yield entry.name, archive.extractfile(entry).read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged or cut short ({error})") from error
 
 
 def readable(name: str) -> str:
