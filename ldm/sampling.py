@@ -55,16 +55,16 @@ class Sampling:
     @classmethod
     def from_config(cls, cfg: dict) -> "Sampling":
         """The `sampler`, `times`, `guidance`, `threshold` and `dialect` nodes of a config."""
-        dialect = make(cfg["dialect"]) if cfg.get("dialect") else Dialect()
+        dialect = make(cfg["dialect"], "dialect") if cfg.get("dialect") else Dialect()
         sampler, grid = cfg["sampler"]["_target_"].split(".")[-2], cfg["times"]["_target_"].split(".")[-1]
         times = dict(cfg["times"])
         if "final" in times and times["final"] is None:
             times["final"] = dialect.final.get(sampler)
         return cls(
-            make(cfg["sampler"]),
-            make(times),
-            make(cfg["guidance"]),
-            make(cfg["threshold"]) if cfg["threshold"] else None,
+            make(cfg["sampler"], "sampler"),
+            make(times, "times"),
+            make(cfg["guidance"], "guidance"),
+            make(cfg["threshold"], "threshold") if cfg["threshold"] else None,
             dialect,
             dialect.initial.get(grid, dialect.initial.get(sampler, "prior")),
             sampler in dialect.whole_indices,
