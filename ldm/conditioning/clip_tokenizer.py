@@ -136,7 +136,7 @@ def read_clip_tokenizer(path: str | os.PathLike | None = None) -> CLIPTokenizer:
     if (path / "vocab.json").is_file():
         vocab = parse_json(_text(path / "vocab.json"), str(path / "vocab.json"), WeightsError)
         if not isinstance(vocab, dict):
-            raise WeightsError(f"{path / 'vocab.json'}: holds a JSON {type(vocab).__name__}, expected tokens with their ids")
+            raise WeightsError(f"{path / 'vocab.json'}: holds a JSON {type(vocab).__name__}, expected ids by token")
         lines = _text(path / "merges.txt").split("\n")
         merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
         return CLIPTokenizer(vocab, merges, _added(path / "added_tokens.json", len(vocab)))

@@ -77,6 +77,8 @@ def index_tensors(path: str | os.PathLike) -> dict[str, Stored]:
         found = _index_pickle(path) if zipfile.is_zipfile(path) else _index_legacy(path)
     except OSError as error:
         raise WeightsError(f"{path}: {error.strerror or 'cannot be read'}") from error
+    except zipfile.BadZipFile as error:
+        raise WeightsError(f"{path}: damaged or cut short; copy it again") from error
     _refuse_bomb(path, found)
     return found
 
