@@ -49,7 +49,7 @@ def train_in(run, cfg: dict, device, world) -> dict:
     from ldm.training.report import Hooks
 
     path, resume = run.path, run.resume and str(run.resume)
-    trainer, data = make(cfg["trainer"]), make(cfg["data"])
+    trainer, data = make(cfg["trainer"], "trainer"), make(cfg["data"], "data")
     data = with_class_images(cfg, data, path, device, world) if cfg["dreambooth"] else data
     if world.is_main:
         report_data(data, path)
@@ -57,20 +57,20 @@ def train_in(run, cfg: dict, device, world) -> dict:
     if cfg["dreambooth"]:
         check_reads_text(objective)
     prepare(objective, network, trainer, device)
-    optimizer = make(cfg["optimizer"])(objective)
-    ema = make(cfg["ema"], batch_size=trainer.batch_size)(objective) if cfg["ema"] else None
+    optimizer = make(cfg["optimizer"], "optimizer")(objective)
+    ema = make(cfg["ema"], "ema", batch_size=trainer.batch_size)(objective) if cfg["ema"] else None
     if isinstance(objective, DistillationObjective):
         objective.follow(ema)
 
     feed = partial(batches, images, trainer.batch_size, seed=cfg["seed"], flip=cfg["flip"], rank=world.rank,
                    world_size=world.size, workers=0 if cfg["cache"] else trainer.workers)  # fmt: skip
     previews = Previews(cfg, path, data if cfg["dreambooth"] else build_held_out(cfg["data"], data), objective, ema)
-    logger = make(cfg["logger"], run_dir=path, config=cfg) if cfg["logger"] else None
+    logger = make(cfg["logger"], "logger", run_dir=path, config=cfg) if cfg["logger"] else None
     hooks = Hooks(previews.sample, previews.evaluate, logger, lambda step: write_config(path / "config.yaml", cfg))
     run.config = cfg
     with profiled(path, cfg["profile"]):
         summary = fit(objective, lambda step: feed(start_step=step), optimizer, trainer, run, ema=ema, hooks=hooks,
-                      lr_schedule=make(cfg["lr_schedule"]), world=world, seed=cfg["seed"])  # fmt: skip
+                      lr_schedule=make(cfg["lr_schedule"], "lr_schedule"), world=world, seed=cfg["seed"])  # fmt: skip
     if adapters and world.is_main:
         export(ema.applied(objective) if ema else objective, adapters, path / "adapter")
     return summary

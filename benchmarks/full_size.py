@@ -28,7 +28,7 @@ def write(system: str, file: Path) -> None:
     nodes |= {name: node["network"] for name, node in cfg["conditioner"]["encoders"].items() if "network" in node}
     nodes = {slot: {k: None if v == "???" else v for k, v in node.items()} for slot, node in nodes.items()}
     torch.manual_seed(0)
-    write_original({place.folder: make(nodes[place.slot]) for place in places_of(system)}, file, system)
+    write_original({place.folder: make(nodes[place.slot], "network") for place in places_of(system)}, file, system)
 
 
 def measure(file: Path, image_size: int, steps: int, dtype: str) -> None:

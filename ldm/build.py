@@ -7,11 +7,10 @@ of the network (`???` in its YAML). Every function takes plain dicts; nothing be
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -20,12 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.utils.errors import ConfigError, DataError
+from ldm.utils.slots import MISSING, fits, targets
 from ldm.utils.suggest import explain, nearest
 
 if TYPE_CHECKING:  # torch is imported when the first object is built, not when a config is composed
     from torch import nn
 
-MISSING = "???"
 Networks = Mapping[str, "nn.Module"]
 NONE: Networks = {}
 
@@ -54,29 +53,37 @@ def plain(cfg: DictConfig) -> dict:
     return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
 
 
-def locate(target: str) -> Callable:
-    """The function or class a `_target_` names; only what `ldm` itself defines, so a config can run nothing else."""
-    module, _, name = str(target).rpartition(".")
-    refused = ConfigError(f"_target_ '{target}' is not a function or class of ldm; only those can be built")
-    if not all(part.isidentifier() for part in f"{module}.{name}".split(".")) or module.split(".")[0] != "ldm":
-        raise refused
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        raise refused from None
-    if not callable(found) or not str(found.__module__).startswith("ldm."):
-        raise refused
-    return found
+def locate(target: str, slot: str) -> Callable:
+    """The function or class that a `_target_` names: one that the YAML files of its slot name, and no other."""
+    known = targets(config_dir(), slot)
+    if not isinstance(target, str) or target not in known:
+        where = f"configs/{slot.partition('.')[0]}"
+        hint = nearest(str(target)[:200], known) or f": {', '.join(sorted(known))}"
+        raise ConfigError(
+            f"{slot} cannot be _target_ {str(target)[:200]!r}: the files of {where} name what can be built there{hint}"
+        )
+    module, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
-def make(node: dict, **interface: Any) -> Any:
-    """Build the object a node describes; `interface` fills the arguments that its YAML leaves open (`???` or absent).
+def make(node: dict, slot: str, **interface: Any) -> Any:
+    """Build the object that the node in this slot of a config describes ("codec", "conditioner.encoders", ...).
 
-    A key the constructor does not have is answered with the nearest one it has; a number that contradicts the
-    interface, or stays open, is named. `_partial_: true` gives a function with its knobs set.
+    `interface` fills the arguments that its YAML leaves open (`???` or absent). `_partial_: true` gives a function with
+    its knobs set. Raises ConfigError for what no YAML of the slot names, and for arguments that do not fit.
     """
-    node = dict(node)
-    target = locate(node.pop("_target_", None))
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{slot} is {str(node)[:80]!r}; expected a table with a _target_")
+    return assemble(locate(node.get("_target_"), slot), node, **interface)
+
+
+def assemble(target: Callable, node: Mapping, **interface: Any) -> Any:
+    """Call `target` with the arguments of a node and of the interface.
+
+    A key that it does not have is answered with the nearest one; a value of the wrong type, a number that contradicts
+    the interface, or stays open, is named.
+    """
+    node = {name: value for name, value in node.items() if name != "_target_"}
     is_partial = node.pop("_partial_", False)
     label = f"{target.__module__}.{target.__qualname__}"
     accepted = inspect.signature(target).parameters
@@ -88,27 +95,26 @@ def make(node: dict, **interface: Any) -> Any:
         if value not in (None, MISSING, offered):
             raise ConfigError(f"{label}: {name}={value} in the config, but the rest of the system gives {offered}")
         if not fits(value, accepted[name].annotation):
-            raise ConfigError(f"{label}: {name}={value!r} is of the wrong type; expected {accepted[name]}")
+            raise ConfigError(f"{label}: {name}={str(value)[:80]!r} is of the wrong type; expected {accepted[name]}")
     arguments = node | {name: value for name, value in interface.items() if name in accepted}
-    if open_ := [name for name, value in arguments.items() if isinstance(value, str) and value == MISSING]:
+    open_ = [name for name, value in arguments.items() if isinstance(value, str) and value == MISSING]
+    if not is_partial:
+        open_ += [name for name, p in accepted.items() if _is_required(p) and name not in arguments]
+    if open_:
         raise ConfigError(f"{label}: nothing sets {', '.join(open_)}; give a number in the config")
     return partial(target, **arguments) if is_partial else target(**arguments)
 
 
-def make_listed(target: str, given: Any) -> list:
+def _is_required(parameter: inspect.Parameter) -> bool:
+    is_named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return is_named and parameter.default is parameter.empty
+
+
+def make_listed(target: Callable, given: Any) -> list:
     """Objects of one kind from what a command lists: settings each, or a path alone; one of them need be no list."""
     given = given if isinstance(given, list | tuple) else [given] if given else []
     nodes = [dict(node) if isinstance(node, dict) else {"path": node} for node in given]
-    return [make({**node, "_target_": target, "path": str(node.get("path", MISSING))}) for node in nodes]
-
-
-def fits(value: Any, annotation: Any) -> bool:
-    """Whether a value of a config is what a signature asks for, where that is a number, a switch or a text."""
-    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    kinds = {list if get_origin(kind) is Sequence else kind for kind in kinds}
-    if value == MISSING or not kinds <= {int, float, bool, str, list, type(None)}:
-        return True
-    return type(value) in kinds or (float in kinds and type(value) is int)
+    return [assemble(target, {**node, "path": str(node.get("path", MISSING))}) for node in nodes]
 
 
 def fill(node: dict, **numbers: Any) -> dict:
@@ -119,7 +125,7 @@ def fill(node: dict, **numbers: Any) -> dict:
 def build_held_out(node: dict, data: Any) -> Any:
     """The images that training never sees; all of them where there are too few to hold any out."""
     try:
-        return make({**node, "split": "held_out"})
+        return make({**node, "split": "held_out"}, "data")
     except DataError:
         return data
 
@@ -152,17 +158,18 @@ def build_conditioner(
 def build_tokenizer(node: dict, data: Any, stored: str | None) -> Any:
     """Read back by the class that the node's function returns, or made by it: of captions, or of a published file."""
     if stored:
-        return get_type_hints(locate(node["_target_"]))["return"].from_json(stored)
-    return make(node, captions=data.captions() if data else None)
+        return get_type_hints(locate(node.get("_target_"), "conditioner.tokenizer"))["return"].from_json(stored)
+    return make(node, "conditioner.tokenizer", captions=data.captions() if data else None)
 
 
 def build_encoder(node: dict, network: "nn.Module | None", objects: dict) -> Any:
     """Encoder of a completed node; a published one is a rule around a `network` with a node of its own."""
     if "network" not in node:
-        return make(node, **objects)
+        return make(node, "conditioner.encoders", **objects)
     node = dict(node)
     inner, frozen = node.pop("network"), node.pop("frozen", True)
-    return make(node, network=(network or make(inner)).requires_grad_(not frozen).eval(), **objects)
+    network = (network or make(inner, "network")).requires_grad_(not frozen).eval()
+    return make(node, "conditioner.encoders", network=network, **objects)
 
 
 def hollow_encoders(node: dict) -> dict[str, "nn.Module"]:
@@ -171,7 +178,7 @@ def hollow_encoders(node: dict) -> dict[str, "nn.Module"]:
 
     nodes = {name: encoder["network"] for name, encoder in node.get("encoders", {}).items() if "network" in encoder}
     with torch.device("meta"):
-        networks = {name: make(inner) for name, inner in nodes.items()}
+        networks = {name: make(inner, "network") for name, inner in nodes.items()}
     return {name: network.to_empty(device="cpu") for name, network in networks.items()}
 
 
@@ -179,9 +186,9 @@ def build_codec(node: dict, networks: Networks = NONE) -> Any:
     """Codec of a completed node: a pixel codec, or a latent codec whose `autoencoder` is a network node."""
     node = dict(node)
     if "autoencoder" not in node:
-        return make(node)
+        return make(node, "codec")
     inner = node.pop("autoencoder")
-    return make(node, autoencoder=networks.get("autoencoder") or make(inner))
+    return make(node, "codec", autoencoder=networks.get("autoencoder") or make(inner, "network"))
 
 
 def build_network(
@@ -192,7 +199,8 @@ def build_network(
         if name not in node:
             raise ConfigError(f"{node['_target_']} has no '{name}', so it cannot take what this conditioner gives")
     node = fill(node, in_channels=codec.channels + image_channels, out_channels=codec.channels, **conditioner.dims)
-    return network or make({name: None if value == MISSING else value for name, value in node.items()}), node
+    known = {name: None if value == MISSING else value for name, value in node.items()}
+    return network or make(known, "network"), node
 
 
 def build_objective(
@@ -203,34 +211,37 @@ def build_objective(
     Without `training`, what only training needs (densities, weights, perceptual files) is left out, and so are knobs
     that the objective no longer has, so that a checkpoint can be sampled from whatever became of those.
     """
+    import torch
+
     from ldm.diffusion.denoiser import Denoiser
 
-    kind = locate(cfg["objective"]["_target_"])
+    kind = locate(cfg["objective"].get("_target_"), "objective")
     wanted = inspect.signature(kind).parameters
     image_channels = kind.image_channels(codec) if "denoiser" in wanted else 0
     network, node = build_network(cfg["network"], codec, conditioner, image_channels, networks.get("network"))
-    process = make(cfg["process"])
+    with torch.device("cpu"):  # where its table stands, also while networks are made on `meta`
+        process = make(cfg["process"], "process")
     parts: dict[str, Callable[[], Any]] = {
         "autoencoder": lambda: network,
         "classifier": lambda: network,
-        "denoiser": lambda: Denoiser(network, process, make(cfg["prediction"], process=process)),
+        "denoiser": lambda: Denoiser(network, process, make(cfg["prediction"], "prediction", process=process)),
         "codec": lambda: codec,
         "conditioner": lambda: conditioner,
-        "discriminator": lambda: make(cfg["discriminator"]) if cfg["discriminator"] else None,
+        "discriminator": lambda: make(cfg["discriminator"], "discriminator") if cfg["discriminator"] else None,
     }
     only_training: dict[str, Callable[[], Any]] = {
-        "density": lambda: make(cfg["density"]),
-        "weighting": lambda: make(cfg["weighting"]),
-        "masks": lambda: make(cfg["masks"]),
-        "annotate": lambda: make(cfg["hint"]),
+        "density": lambda: make(cfg["density"], "density"),
+        "weighting": lambda: make(cfg["weighting"], "weighting"),
+        "masks": lambda: make(cfg["masks"], "masks"),
+        "annotate": lambda: make(cfg["hint"], "hint"),
         "teacher": lambda: networks["teacher"],
-        "reconstruction": lambda: make(cfg["reconstruction"]),
-        "perceptual": lambda: make(cfg["perceptual"]) if cfg["perceptual"] else None,
+        "reconstruction": lambda: make(cfg["reconstruction"], "reconstruction"),
+        "perceptual": lambda: make(cfg["perceptual"], "perceptual") if cfg["perceptual"] else None,
     }
     objects = {name: part() for name, part in parts.items() if name in wanted}
     objects |= {name: part() if training else None for name, part in only_training.items() if name in wanted}
     own = cfg["objective"] if training else {k: v for k, v in cfg["objective"].items() if k in {"_target_", *wanted}}
-    return make(own, **objects), network, node
+    return make(own, "objective", **objects), network, node
 
 
 def build_adapters(nodes: dict, objective: "nn.Module") -> dict[str, Any]:
@@ -240,7 +251,7 @@ def build_adapters(nodes: dict, objective: "nn.Module") -> dict[str, Any]:
     from ldm.adapters.training import attach, base_of
 
     base = {"net": base_of(objective), "downsample": objective.codec.downsample}
-    adapters = {name: make(node, name=name, **base) for name, node in nodes.items()}
+    adapters = {name: make(node, "adapters", name=name, **base) for name, node in nodes.items()}
     attach(objective, adapters)
     return adapters
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from ldm.build import locate
 from ldm.diffusion.super_resolution import SuperResolutionObjective
 from ldm.generate import Enlarging, Run, generate, load_run, sides
+from ldm.rebuild import described
 from ldm.sampling import Sampling
-from ldm.training.checkpoint import find, load_config
+from ldm.training.checkpoint import find
 from ldm.utils.errors import ConfigError, LdmError
 
 Size = tuple[int, int]  # height, width in pixels
@@ -61,7 +62,7 @@ class Stage:
     ) -> "Stage":
         """A run directory, or one of its checkpoints. Raises CheckpointError where nothing was trained yet."""
         sampling = Sampling.named(sampler, steps, guidance, None, threshold)
-        config = load_config(find(Path(path)))
+        config = described(find(Path(path)))
         return cls(str(path), config, lambda: load_run(path, device=device, ema=ema), sampling, aug_level, batch_size)
 
     @property
@@ -73,7 +74,11 @@ class Stage:
     def factor(self) -> int | None:
         """How much larger its images are than what it is given; None where it needs none."""
         node = self.config["objective"]
-        return node["factor"] if issubclass(locate(node["_target_"]), SuperResolutionObjective) else None
+        if not issubclass(locate(node.get("_target_"), "objective"), SuperResolutionObjective):
+            return None
+        if type(factor := node.get("factor")) is not int or factor < 1:
+            raise ConfigError(f"{self.name}: objective.factor={factor}, expected a whole number: how much larger")
+        return factor
 
     @property
     def takes(self) -> Size:

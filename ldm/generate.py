@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.build import build_adapters, build_codec, build_conditioner, build_objective, hollow_encoders, make_listed
+from ldm.build import make_listed
 from ldm.diffusion import guidance
 from ldm.diffusion.objective import DiffusionObjective
 from ldm.drawing import Edit, Options, edit_of, hints_of, latent_shape, progress_bar, sampling_of, sides
 from ldm.models.codec import LatentCodec
+from ldm.rebuild import rebuild
 from ldm.samplers.edit import keeping, noised
 from ldm.sampling import Sampling
-from ldm.training.checkpoint import find, load_config, load_files, load_weights
+from ldm.training.checkpoint import find, load_weights
 from ldm.utils.devices import pick_device
 from ldm.utils.errors import ConfigError, DataError
 from ldm.utils.finite import check_drawn
@@ -27,7 +28,6 @@ from ldm.utils.seeding import Noise
 if TYPE_CHECKING:  # most models are drawn from without adapters
     from ldm.adapters.sampling import Attached
 
-PATCH, HINT = "ldm.adapters.sampling.Patch", "ldm.adapters.sampling.Hint"
 SCALE_IMAGES = 1024  # on which the scale of latents is measured
 
 
@@ -197,11 +197,11 @@ class Run:
         Patch for a LoRA and Hint for the others, and how LoRAs are composed (Attached). Raises LdmError, and then the
         model is as it was without any.
         """
-        from ldm.adapters.sampling import Attached
+        from ldm.adapters.sampling import Attached, Hint, Patch
 
         self.detach()
-        hints = {"controlnet": make_listed(HINT, controlnet), "t2i_adapter": make_listed(HINT, t2i_adapter)}
-        self.attached = Attached(self.objective, make_listed(PATCH, lora), hints, **composition)
+        hints = {"controlnet": make_listed(Hint, controlnet), "t2i_adapter": make_listed(Hint, t2i_adapter)}
+        self.attached = Attached(self.objective, make_listed(Patch, lora), hints, **composition)
         return self.attached.report
 
     def detach(self) -> None:
@@ -277,11 +277,7 @@ def load_run(path: str | Path, *, device: str = "auto", ema: bool = True) -> Run
     Raises CheckpointError when there is none, or when it is not the network its config describes.
     """
     directory, device = find(Path(path).expanduser()), pick_device(str(device))
-    config, files = load_config(directory), load_files(directory)
-    texts = hollow_encoders(config["conditioner"])  # T5-XXL's 19 GB are not drawn at random first
-    conditioner, _, _ = build_conditioner(config["conditioner"], tokenizer=files.get("tokenizer.json"), networks=texts)
-    objective, _, _ = build_objective(config, build_codec(config["codec"]), conditioner, training=False)
-    build_adapters(config.get("adapters", {}), objective)
+    objective, config = rebuild(directory, ema=ema)
     step = load_weights(directory, objective, ema=ema)
     return Run(objective.to(device), config, step)
 

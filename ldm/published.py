@@ -143,7 +143,7 @@ def begin(cfg: dict, stored: dict, device: torch.device | str = "cpu") -> tuple[
         return cfg | {name: stored[name] for name in ("codec", "conditioner", "network")}, {}, None
     if not cfg["weights"]:
         return begin_with_parts(cfg)
-    if locate(cfg["network"]["_target_"]) is AutoencoderKL:
+    if locate(cfg["network"]["_target_"], "network") is AutoencoderKL:
         net = load_model(cfg["weights"], "vae")
         return cfg | {"network": node_of(net)}, {"network": net}, None
     found = load_system(Path(cfg["weights"]), device=device, parts=parts_of(cfg))
@@ -153,7 +153,7 @@ def begin(cfg: dict, stored: dict, device: torch.device | str = "cpu") -> tuple[
         print(f"warning: {found.path} predicts {told}, and is trained with prediction={chosen} now", file=sys.stderr)
     node, network = dict(cfg["network"]), found.networks["network"]
     codec = build_codec(cfg["codec"], found.networks)
-    node["in_channels"] = codec.channels + locate(cfg["objective"]["_target_"]).image_channels(codec)
+    node["in_channels"] = codec.channels + locate(cfg["objective"]["_target_"], "objective").image_channels(codec)
     network = remake(node, expand_input(network, node["in_channels"]))
     return cfg | {"network": node}, {**found.networks, "network": network}, found.tokenizer
 
@@ -189,7 +189,7 @@ def overrides(settings: dict) -> list[str]:
 def remake(node: dict, network: nn.Module) -> nn.Module:
     """The network of a node, with the weights of another of the same shapes; nothing is copied."""
     with torch.device("meta"):
-        made = make(node)
+        made = make(node, "network")
     made.load_state_dict(network.state_dict(), assign=True)
     return made
 

@@ -61,20 +61,21 @@ class Sampling:
     @classmethod
     def from_config(cls, cfg: dict) -> "Sampling":
         """The `sampler`, `times`, `guidance`, `threshold` and `dialect` nodes of a config."""
-        dialect = make(cfg["dialect"]) if cfg.get("dialect") else Dialect()
+        dialect = make(cfg["dialect"], "dialect") if cfg.get("dialect") else Dialect()
         sampler, grid = cfg["sampler"]["_target_"].split(".")[-2], cfg["times"]["_target_"].split(".")[-1]
         times = dict(cfg["times"])
         if "final" in times and times["final"] is None:
             times["final"] = dialect.final.get(sampler)
         if "extra" in times and times["extra"] is None:
             times["extra"] = int(sampler in dialect.one_more)
-        sample, threshold = make(cfg["sampler"]), make(cfg["threshold"]) if cfg["threshold"] else None
+        sample = make(cfg["sampler"], "sampler")
+        threshold = make(cfg["threshold"], "threshold") if cfg["threshold"] else None
         if threshold and sampler in dialect.clips_x0_alone:
             sample, threshold = partial(sample, clip=threshold(lambda x0, t: x0)), None
         return cls(
             sample,
-            make(times),
-            make(cfg["guidance"]),
+            make(times, "times"),
+            make(cfg["guidance"], "guidance"),
             threshold,
             dialect,
             dialect.initial.get(grid, dialect.initial.get(sampler, "prior")),

@@ -84,8 +84,8 @@ def test_ablations_begin_with_a_header(name):
 def test_formulations_are_of_parts_that_fit(name):
     cfg = compose("train", [f"formulation={name}"])
     assert set(cfg) == set(composed("none")[0])
-    process = make(cfg["process"])
-    prediction = make(cfg["prediction"], process=process)
+    process = make(cfg["process"], "process")
+    prediction = make(cfg["prediction"], "prediction", process=process)
     alpha, sigma = (torch.as_tensor(a).double() for a in process(0.5))
     x0, eps = torch.randn(2, 1, 3, 8, 8, dtype=torch.float64)
     rebuilt = prediction.to_x0(prediction.target(x0, eps, alpha, sigma), alpha * x0 + sigma * eps, alpha, sigma)

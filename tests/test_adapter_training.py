@@ -170,8 +170,8 @@ def test_experiments_start_on_published_weights(systems, tmp_path, name):  # noq
     sizes = {"lora_sd15": 3_188_736, "controlnet_sd15": 361_279_120, "t2i_adapter_sd15": 77_369_280}
     cfg = composed(name)
     with torch.device("meta"):
-        net = make(cfg["network"])
-        [adapter] = [make(node, net=net, downsample=8) for node in cfg["adapters"].values()]
+        net = make(cfg["network"], "network")
+        [adapter] = [make(node, "adapters", net=net, downsample=8) for node in cfg["adapters"].values()]
         if isinstance(adapter, LoRA):
             adapter.inject({"network": net})
     trained = adapter.trainable().values() if isinstance(adapter, LoRA) else adapter.parameters()

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 
 from ldm.build import compose, config_dir, locate, make
 from ldm.utils.errors import ConfigError
+from ldm.utils.slots import fits, targets
 
 CONFIGS = config_dir()
 GROUPS = sorted(p.name for p in CONFIGS.iterdir() if p.is_dir())
@@ -46,7 +48,7 @@ def test_group_files_name_arguments_that_exist(path):
     node = with_option(path)[path.parent.name]
     targets = [node] if "_target_" in node else [n for n in node.values() if isinstance(n, dict) and "_target_" in n]
     for found in targets:
-        accepted = inspect.signature(locate(found["_target_"])).parameters
+        accepted = inspect.signature(locate(found["_target_"], path.parent.name)).parameters
         unknown = set(found) - set(accepted) - {"_target_", "_partial_"} - WIRED
         assert not unknown, f"{path}: {unknown}"
 
@@ -63,7 +65,7 @@ def test_experiments_add_no_unknown_key(name, baseline):
     assert set(cfg) == set(baseline)
     for group, node in cfg.items():
         if isinstance(node, dict) and "_target_" in node:
-            unknown = set(node) - set(inspect.signature(locate(node["_target_"])).parameters)
+            unknown = set(node) - set(inspect.signature(locate(node["_target_"], group)).parameters)
             assert unknown <= {"_target_", "_partial_"} | WIRED, f"{name}: {group} has {unknown}"
 
 
@@ -96,24 +98,65 @@ def _targets(node):
             yield from _targets(value)
 
 
+def test_the_list_of_what_a_slot_may_be_is_what_its_files_say():
+    def wanted(node, part, path=()):
+        if isinstance(node, dict):
+            yield from [node["_target_"]] if "_target_" in node and part in ("", *path[:1]) else []
+            yield from (name for key, value in node.items() for name in wanted(value, part, (*path, key)))
+
+    for slot in [*(path.name for path in CONFIGS.iterdir()), "conditioner.tokenizer", "conditioner.encoders"]:
+        group, _, part = slot.partition(".")
+        nodes = [yaml.safe_load(path.read_text()) or {} for path in (CONFIGS / group).glob("*.yaml")]
+        assert targets(CONFIGS, slot) == {name for node in nodes for name in wanted(node, part)}, slot
+    assert targets(CONFIGS, "conditioner.tokenizer").isdisjoint(targets(CONFIGS, "conditioner.encoders"))
+
+
 @pytest.mark.parametrize(
     "target",
-    ["os.system", "builtins.eval", "ldm", "ldm..x", "", "ldm.utils.seeding.hashlib", "ldm.utils.seeding.math.exp",
-     "ldm.io.images.Image", "ldm.build.partial"],
+    ["os.system", "builtins.eval", "ldm", "ldm..x", "", None, 3, ["x"], "ldm.io.images.Image", "ldm.io.text.write_json",
+     "ldm.generate.load_run", "ldm.diffusion.process.EDM", "ldm.models.codec.to_float"],
 )  # fmt: skip
-def test_only_our_own_code_can_be_built(target):
-    with pytest.raises(ConfigError, match="only those can be built"):
-        locate(target)
+def test_only_what_the_files_of_a_slot_name_can_be_built(target):
+    with pytest.raises(ConfigError, match=r"^codec cannot be _target_ .* the files of configs/codec name what can be "):
+        make({"_target_": target}, "codec")
+
+
+@pytest.mark.parametrize("node", [None, 3, "x", ["x"], []])
+def test_what_is_no_node_is_said(node):
+    with pytest.raises(ConfigError, match="^codec is .*expected a table with a _target_$"):
+        make(node, "codec")
 
 
 def test_make_answers_misspelt_missing_and_contradicting_arguments():
     node = {"_target_": "ldm.models.codec.PixelCodec", "channels": 3}
-    assert make(node).channels == 3
+    assert make(node, "codec").channels == 3
+    with pytest.raises(ConfigError, match="did you mean 'ldm.models.codec.PixelCodec'"):
+        make({"_target_": "ldm.models.codec.PixelCodex"}, "codec")
     with pytest.raises(ConfigError, match="did you mean 'channels'"):
-        make({"_target_": "ldm.models.codec.PixelCodec", "chanels": 3})
+        make({"_target_": "ldm.models.codec.PixelCodec", "chanels": 3}, "codec")
     with pytest.raises(ConfigError, match="nothing sets channels"):
-        make({**node, "channels": "???"})
+        make({**node, "channels": "???"}, "codec")
+    with pytest.raises(ConfigError, match="nothing sets betas"):
+        make({"_target_": "ldm.diffusion.process.from_betas"}, "process")
     with pytest.raises(ConfigError, match="channels=3 in the config, but the rest of the system gives 1"):
-        make(node, channels=1)
+        make(node, "codec", channels=1)
     with pytest.raises(ConfigError, match="channels='x' is of the wrong type; expected channels: int"):
-        make({**node, "channels": "x"})
+        make({**node, "channels": "x"}, "codec")
+
+
+@pytest.mark.parametrize(
+    "annotation, right, wrong",
+    [
+        (int, [1, "???"], [1.0, True, "1", None, 1 << 63, [1]]),
+        (float, [1, 1.5], ["1", None, True]),
+        (str | None, ["a", None], [1, ["a"]]),
+        (Sequence[int], [[1], (), (1, 2)], [1, "12", [1.5], [[1]], {"a": 1}]),
+        (float | Sequence[float], [1.5, [1, 2.5]], ["1", ["1"], None]),
+        (dict[str, int], [{}, {"a": 1}], [[], {"a": "b"}, 1]),
+        (Sequence[Sequence[int]] | None, [None, [[1], []]], [[1], [["a"]]]),
+    ],
+    ids=str,
+)
+def test_types_of_arguments_are_compared(annotation, right, wrong):
+    assert all(fits(value, annotation) for value in right)
+    assert not any(fits(value, annotation) for value in wrong)

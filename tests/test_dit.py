@@ -24,7 +24,7 @@ from ldm.weights.dit import (
 def published(name, **changes):
     node = compose("train", [f"network={name}"])["network"]
     with torch.device("meta"):
-        return make(node | {"in_channels": 4, "num_classes": 1000, "context_dim": None} | changes)
+        return make(node | {"in_channels": 4, "num_classes": 1000, "context_dim": None} | changes, "network")
 
 
 def parameters(net):

@@ -14,9 +14,8 @@ from ldm.utils.errors import ConfigError
 
 def published(name, **changes):
     with torch.device("meta"):
-        return make(
-            compose("train", [f"network={name}"])["network"] | {"in_channels": 3, "context_dim": 4096} | changes
-        )
+        node = compose("train", [f"network={name}"])["network"]
+        return make(node | {"in_channels": 3, "context_dim": 4096} | changes, "network")
 
 
 def parameters(net):

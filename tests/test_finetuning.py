@@ -48,7 +48,7 @@ def composed(name, *overrides):
 )
 def test_experiments_train_the_published_networks(name, count, channels):
     with torch.device("meta"):
-        net = make(composed(name)["network"])
+        net = make(composed(name)["network"], "network")
     assert sum(p.numel() for p in net.parameters()) == count
     assert (net.in_channels, net.decoder.conv_out.out_channels) == channels
     assert net.middle[0].checkpointing
@@ -57,10 +57,10 @@ def test_experiments_train_the_published_networks(name, count, channels):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_v_prediction_with_zero_terminal_snr_is_two_overrides(name):
     cfg = composed(name, "prediction=v", "process=zero_snr")
-    denoiser = Denoiser(torch.nn.Identity(), make(cfg["process"]), make(cfg["prediction"]))
+    denoiser = Denoiser(torch.nn.Identity(), make(cfg["process"], "process"), make(cfg["prediction"], "prediction"))
     alpha, sigma = denoiser.process(1.0)
     assert (alpha, sigma) == (0, 1) and denoiser.process(0.001)[0] ** 2 == pytest.approx(0.99915, abs=1e-6)
-    assert make(cfg["times"])(denoiser.process)[0] == 1  # samples begin where the noise is pure
+    assert make(cfg["times"], "times")(denoiser.process)[0] == 1  # samples begin where the noise is pure
 
 
 def test_min_snr_is_one_override():
@@ -69,7 +69,7 @@ def test_min_snr_is_one_override():
 
 def test_the_refiner_learns_its_own_200_levels():
     cfg = composed("finetune_refiner")
-    table, density = make(cfg["process"]), make(cfg["density"])
+    table, density = make(cfg["process"], "process"), make(cfg["density"], "density")
     t = density(torch.linspace(0, 1, 10_001, dtype=torch.float64)[:-1], table)
     levels, counts = table.net_time(t).unique(return_counts=True)
     assert levels.tolist() == list(range(200)) and counts.min() >= 49 and counts.max() <= 51

@@ -205,7 +205,7 @@ def test_thresholds():
 def test_every_guidance_file_works(path):
     node = load(path)
     assert "scale" in node
-    x0 = make(node)(denoiser(), context(), context(seed=3))(images(), 0.5)
+    x0 = make(node, "guidance")(denoiser(), context(), context(seed=3))(images(), 0.5)
     assert x0.shape == images().shape and x0.isfinite().all()
 
 
@@ -215,5 +215,5 @@ def test_every_threshold_file_works(path):
     if path.stem == "none":
         assert node == {}
         return
-    wrapped = make(node)(guidance.none(denoiser(), context(), {}))
+    wrapped = make(node, "threshold")(guidance.none(denoiser(), context(), {}))
     assert wrapped(images(), 0.5).abs().max() <= 1

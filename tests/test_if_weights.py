@@ -22,7 +22,8 @@ PUBLISHED = ["if_i_m", "if_i_xl", "if_ii_m", "if_iii_l"]
 
 def published(name):
     with torch.device("meta"):
-        return make(compose("train", [f"network={name}"])["network"] | {"in_channels": 3, "context_dim": 4096})
+        node = compose("train", [f"network={name}"])["network"]
+        return make(node | {"in_channels": 3, "context_dim": 4096}, "network")
 
 
 def tiny(**changes):

@@ -89,7 +89,7 @@ KINDS = {
 )
 def test_published_counts(name, slot, targets, rank, modules, count):
     with torch.device("meta"):
-        net = make(compose("train", [f"network={name}"])["network"])
+        net = make(compose("train", [f"network={name}"])["network"], "network")
     adapter = LoRA(rank, targets=targets, text_targets=targets)
     assert adapter.inject({slot: net}) == {slot: modules}
     assert sum(p.numel() for p in adapter.trainable().values()) == count
@@ -97,7 +97,7 @@ def test_published_counts(name, slot, targets, rank, modules, count):
 
 def test_lengths_of_dora():
     with torch.device("meta"):
-        net = make(compose("train", ["network=sd15"])["network"])
+        net = make(compose("train", ["network=sd15"])["network"], "network")
     adapter = LoRA(1, targets=ATTENTION, decompose=True)
     adapter.inject({"network": net})
     assert sum(p.numel() for p in adapter.trainable().values()) == 199_296 + 99_840

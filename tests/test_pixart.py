@@ -23,7 +23,7 @@ SMALL = dict(sample_size=8, width=24, depth=2, num_heads=2)
 
 def published(name, **changes):
     with torch.device("meta"):
-        return make(compose("train", [f"network={name}"])["network"] | {"in_channels": 4} | changes)
+        return make(compose("train", [f"network={name}"])["network"] | {"in_channels": 4} | changes, "network")
 
 
 def parameters(net):

@@ -32,7 +32,7 @@ def show(preview, data, field="caption"):
 @pytest.mark.parametrize("prompts", [["a red circle", "a blue square, small"], "a red circle"])
 def test_own_prompts_are_drawn_once_each_in_place_of_held_out_ones(prompts):
     node = compose("train", [])["preview"]
-    preview = make({**node, "prompts": prompts})
+    preview = make({**node, "prompts": prompts}, "preview")
     own = [prompts] if isinstance(prompts, str) else prompts
     for data in (Shapes(captions="open"), NewShape(), None):
         assert show(preview, data) == own
@@ -41,7 +41,7 @@ def test_own_prompts_are_drawn_once_each_in_place_of_held_out_ones(prompts):
 
 def test_own_prompts_from_the_command_line():
     node = compose("train", ["preview.prompts=[a red circle,a blue square]"])["preview"]
-    assert show(make(node), Shapes(captions="open")) == ["a red circle", "a blue square"]
+    assert show(make(node, "preview"), Shapes(captions="open")) == ["a red circle", "a blue square"]
 
 
 def test_own_prompts_of_a_model_that_reads_none_are_refused():

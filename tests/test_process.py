@@ -265,16 +265,16 @@ def test_every_process_and_prediction_file_builds(path):
     node = load(path)
     if path.stem == "custom_betas":
         node["betas"] = [0.1, 0.2]
-    assert make(node, process=interpolant.Linear()) is not None
+    assert make(node, path.parent.name, process=interpolant.Linear()) is not None
 
 
 @pytest.mark.parametrize("path", group("times"), ids=lambda p: p.stem)
 def test_every_times_file_makes_a_grid(path):
-    assert make({**load(path), "steps": 8})(process.scaled_linear()).shape == (9,)
+    assert make({**load(path), "steps": 8}, "times")(process.scaled_linear()).shape == (9,)
 
 
 @pytest.mark.parametrize("path", group("density") + group("weighting"), ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_density_and_weighting_file_works(path):
     u = torch.full((3,), 0.4, dtype=torch.float64)
     arguments = (u, process.VPCosine()) if path.parent.name == "density" else (u, u)
-    assert make(load(path))(*arguments).isfinite().all()
+    assert make(load(path), path.parent.name)(*arguments).isfinite().all()

@@ -48,7 +48,7 @@ def prompts_of_runs() -> list[tuple[str, str]]:
 def test_prompts_of_readme_and_help_are_of_what_the_default_run_learns():
     prompts = prompts_of_runs()
     assert len([prompt for name, prompt in prompts if name == "README.md"]) >= 5
-    data = make(compose("train", [])["data"])
+    data = make(compose("train", [])["data"], "data")
     vocabulary = train_words(data.captions()).backend.get_vocab()
     for name, prompt in prompts:
         for thing in parse(prompt).objects:

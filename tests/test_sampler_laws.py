@@ -53,7 +53,8 @@ def consistent(judge):
 
 def run(name, p, x_T, grid, **knobs):
     judge = GaussianDenoiser(p)
-    return make(SAMPLERS[name])(consistent(judge) if name == "lcm" else with_variance(judge), p, x_T, grid, **knobs)
+    sample = make(SAMPLERS[name], "sampler")
+    return sample(consistent(judge) if name == "lcm" else with_variance(judge), p, x_T, grid, **knobs)
 
 
 # --- order of convergence ------------------------------------------------------------------------------------------

@@ -212,8 +212,8 @@ def test_an_open_item_is_the_same_alone_and_shows_its_caption():
 def test_configs_that_do_not_say_mean_full_captions():
     stored = {"_target_": "ldm.data.shapes.Shapes", "image_size": 32, "length": 50, "seed": 0, "split": "train",
               "objects": 1, "jitter": 1.0}  # fmt: skip
-    assert list(make(stored).captions()) == [caption(scene) for scene in draw(0, "train", range(50))]
-    assert make(stored).unseen == ()
+    assert list(make(stored, "data").captions()) == [caption(scene) for scene in draw(0, "train", range(50))]
+    assert make(stored, "data").unseen == ()
 
 
 @pytest.mark.parametrize("prompt", ["", "a dog", "the red circle is blue", "circle, star, red", "something", "a thing"])

@@ -96,7 +96,7 @@ def published(name):
     while "_target_" not in node:
         node = next(iter(node.values()))
     with torch.device("meta"):
-        return make({key: value for key, value in node.items() if value != "???"})
+        return make({key: value for key, value in node.items() if value != "???"}, "network")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_original_to_diffusers_and_back_keeps_every_bit(tmp_path, name):
         for slot, net in system.networks.items():
             ours, expected = net.state_dict(), nets[slot].state_dict()
             assert not net.training and same(ours, {key: expected[key] for key in ours})
-            assert make(system.nodes[slot]).state_dict().keys() == ours.keys()
+            assert make(system.nodes[slot], "network").state_dict().keys() == ours.keys()
             assert json.loads(json.dumps(system.nodes[slot])) == system.nodes[slot]
     assert system.tokenizer is None
     tokenizer = CLIPTokenizer.from_json(load_system(tmp_path / "folder").tokenizer)

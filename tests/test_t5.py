@@ -53,7 +53,7 @@ def network(tokenizer, seed=0, **knobs):
 def test_shipped_configs_have_the_published_sizes(name, count):
     node = compose("train", [f"network={name}"])["network"]
     with torch.device("meta"):
-        net = make(node)
+        net = make(node, "network")
     assert sum(parameter.numel() for parameter in net.parameters()) == count
     assert arguments(net) == {key: value for key, value in node.items() if key != "_target_"}
     assert from_config(to_config(net)) == arguments(net)

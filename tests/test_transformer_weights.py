@@ -248,7 +248,8 @@ def test_systems_of_several_paths(name, parts, tmp_path):
     system = load_system(tmp_path / "a.pth", parts=others)
     assert same(system.networks["network"].state_dict(), net.state_dict())
     for slot, found in system.networks.items():
-        assert make(json.loads(json.dumps(system.nodes[slot]))).state_dict().keys() == found.state_dict().keys()
+        node = json.loads(json.dumps(system.nodes[slot]))
+        assert make(node, "network").state_dict().keys() == found.state_dict().keys()
     assert (system.tokenizer is None) == (name == "dit") and system.settings["scale"] == 0.18215
     run = load_published(tmp_path / "a.pth", parts=others)
     assert run.config["system"] == NAMES[name] and run.config["image_size"] == net.sample_size * 2  # a small codec
@@ -311,7 +312,7 @@ def test_published_files_are_known_by_their_headers(name, gigabytes, parts, tmp_
     with torch.device("meta"):
         node = compose("train", [f"network={name}"])["network"] | {"in_channels": 4}
         node |= {"num_classes": 1000, "context_dim": None} if name == "dit_xl2" else {}
-        state = original(make(node))
+        state = original(make(node, "network"))
     path = write_hollow(tmp_path / "a.safetensors", state)
     assert path.stat().st_size / 1e9 == pytest.approx(gigabytes, rel=0.1)
     expected = {"dit_xl2": "dit_xl2_256"}.get(name, name)

@@ -17,7 +17,7 @@ from ldm.weights.unet import diffusers_names, from_diffusers, to_diffusers
 
 def published(name, **changes):
     with torch.device("meta"):
-        return make(compose("train", [f"network={name}"])["network"] | changes)
+        return make(compose("train", [f"network={name}"])["network"] | changes, "network")
 
 
 def tiny(**changes):

@@ -38,7 +38,7 @@ def published(name):
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         node = plain(hydra.compose(f"network/{name}"))["network"]
     with torch.device("meta"):
-        return make({key: value for key, value in node.items() if value != "???"})
+        return make({key: value for key, value in node.items() if value != "???"}, "network")
 
 
 def randomised(net, seed=0):

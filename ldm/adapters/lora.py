@@ -171,6 +171,11 @@ class Trained(WeightAdapter):
         return chosen
 
     def _matching(self, pattern: str, slot: str, net: nn.Module) -> list[Site]:
+        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:  # a checkpoint's may be meant so
+            raise ConfigError(
+                f"adapter {self.name}: {pattern[:80]!r} could search for ever; "
+                "repeat no group, and use at most three of *, +"
+            )
         names = {site: name for site, name in sites(slot, net).items() if site.parameter({slot: net}).ndim > 1}
         try:
             found = [site for site, name in names.items() if re.search(pattern, name)]

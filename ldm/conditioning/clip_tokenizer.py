@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.io.files import read_bytes, read_gzip
 from ldm.io.text import decode_text, parse_json
-from ldm.utils.errors import DataError, WeightsError
+from ldm.utils.errors import DataError, WeightsError, in_a_line
 
 BOS, EOS = SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 LENGTH = 77  # tokens that CLIP sees at once, BOS and EOS included
@@ -45,7 +45,7 @@ class CLIPTokenizer:
     """
 
     def __init__(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], added: Sequence[str] = ()):
-        if not isinstance(vocab, Mapping) or not all(token in vocab for token in SPECIAL):
+        if not isinstance(vocab, Mapping) or not all(type(vocab.get(token)) is int for token in SPECIAL):
             raise WeightsError(f"vocabulary without {' and '.join(SPECIAL)}; give that of a CLIP model")
         self.backend = _backend(vocab, merges, added)
         self.bos, self.eos = (vocab[token] for token in SPECIAL)
@@ -100,10 +100,11 @@ class CLIPTokenizer:
         try:
             vocab, merges = table["model"]["vocab"], table["model"]["merges"]
             pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
-            added = {token["id"]: token["content"] for token in table.get("added_tokens", ())}
-        except (KeyError, TypeError, AttributeError):
+            added = {int(token["id"]): str(token["content"]) for token in table.get("added_tokens", ())}
+            known = len(vocab)
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise WeightsError(f"{name}: holds no byte-pair vocabulary; give the tokenizer of a CLIP model") from None
-        return cls(vocab, pairs, [added[index] for index in sorted(added) if index >= len(vocab)])
+        return cls(vocab, pairs, [added[index] for index in sorted(added) if index >= known])
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
         return tuple(self.backend.encode(text, add_special_tokens=False).ids)
@@ -134,6 +135,8 @@ def read_clip_tokenizer(path: str | os.PathLike | None = None) -> CLIPTokenizer:
         return _read_published(path)
     if (path / "vocab.json").is_file():
         vocab = parse_json(_text(path / "vocab.json"), str(path / "vocab.json"), WeightsError)
+        if not isinstance(vocab, dict):
+            raise WeightsError(f"{path / 'vocab.json'}: holds a JSON {type(vocab).__name__}, expected ids by token")
         lines = _text(path / "merges.txt").split("\n")
         merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
         return CLIPTokenizer(vocab, merges, _added(path / "added_tokens.json", len(vocab)))
@@ -205,7 +208,8 @@ def _backend(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], added:
     try:
         backend = Tokenizer(models.BPE(dict(vocab), list(merges), unk_token=EOS, end_of_word_suffix="</w>"))
     except Exception as error:  # the library raises plain Exception
-        raise WeightsError(f"vocabulary and merges do not fit ({error}); take both from one CLIP model") from None
+        problem = f"vocabulary and merges do not fit ({in_a_line(error)})"
+        raise WeightsError(f"{problem}; take both from one CLIP model") from None
     backend.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )

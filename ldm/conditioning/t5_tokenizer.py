@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ldm.io.files import read_bytes
 from ldm.io.text import decode_text, parse_json
-from ldm.utils.errors import DataError, WeightsError
+from ldm.utils.errors import DataError, WeightsError, in_a_line, reading
 
 PAD, EOS = "<pad>", "</s>"
 GAPS = tuple(f"<extra_id_{i}>" for i in reversed(range(100)))  # what T5 learnt to fill; in mT5 among the pieces
@@ -91,7 +91,7 @@ class T5Tokenizer:
         try:
             vocab = [(piece, float(score)) for piece, score in table["model"]["vocab"]]
             unknown = table["model"]["unk_id"]
-            special = {int(token["id"]): token["content"] for token in table.get("added_tokens", ())}
+            special = {int(token["id"]): str(token["content"]) for token in table.get("added_tokens", ())}
             charsmap = base64.b64decode(_find(table.get("normalizer"), "precompiled_charsmap") or "")
         except (KeyError, TypeError, ValueError, AttributeError, binascii.Error):
             raise WeightsError(f"{name}: holds no unigram vocabulary; give the tokenizer of a T5 model") from None
@@ -121,10 +121,8 @@ def read_t5_tokenizer(path: str | os.PathLike | None = None) -> T5Tokenizer:
     data = read_bytes(file, max_bytes=_MAX_BYTES)
     if file.suffix == ".json":
         return T5Tokenizer.from_json(decode_text(data, str(file)), str(file))
-    try:
+    with reading(file, "not the SentencePiece model of a T5; fetch the file again", WeightsError):
         return _parse_model(data)
-    except (ValueError, struct.error) as error:
-        raise WeightsError(f"{file}: not the SentencePiece model of a T5 ({error}); fetch the file again") from None
 
 
 def _parse_model(data: bytes) -> T5Tokenizer:
@@ -195,7 +193,7 @@ def _backend(vocab: Sequence[tuple[str, float]], unknown: int, special: Sequence
             backend.normalizer = normalizers.Precompiled(charsmap)
         backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     except Exception as error:  # the library raises plain Exception
-        raise WeightsError(f"vocabulary cannot be used ({error}); fetch the tokenizer again") from None
+        raise WeightsError(f"vocabulary cannot be used ({in_a_line(error)}); fetch the tokenizer again") from None
     spaces = {"replacement": "▁", "prepend_scheme": "always", "split": True}
     words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**spaces)]
     backend.pre_tokenizer = pre_tokenizers.Sequence(words)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ldm.utils.errors import CheckpointError, DataError
+from ldm.utils.errors import CheckpointError, DataError, in_a_line
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -63,7 +63,8 @@ class Tokenizer:
             backend = Backend.from_str(text)
             backend.encode("\N{SNOWMAN}")  # a vocabulary without its unknown token fails only when it meets one
         except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(f"tokenizer.json cannot be read ({error}); take it from a whole checkpoint") from None
+            problem = f"tokenizer.json cannot be read ({in_a_line(error)})"
+            raise CheckpointError(f"{problem}; take it from a whole checkpoint") from None
         if lacking := [token for token in SPECIAL if backend.token_to_id(token) is None]:
             raise CheckpointError(f"tokenizer.json lacks {', '.join(lacking)}; expected one saved by this project")
         return cls(backend)

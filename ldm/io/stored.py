@@ -5,7 +5,6 @@ and its pages count as memory of ours beside the copies that a fused projection 
 """
 
 import io
-import json
 import math
 import os
 import struct
@@ -18,9 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ldm.io.inert import PickledTensor, read_pickle
+from ldm.io.inert import MAX_PICKLE, PickledTensor, read_legacy, read_pickle
 from ldm.io.magic import format_of
-from ldm.io.tensors import DTYPES, read_header, read_tensors
+from ldm.io.tensors import read_header
 from ldm.utils.errors import WeightsError
 
 BLOCK = 1 << 22  # elements
@@ -70,32 +69,19 @@ class InFile:
             left = left[count:]
 
 
-@dataclass(frozen=True)
-class InMemory:
-    """A tensor of a file that can only be read whole."""
-
-    tensor: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    def read(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        return self.tensor.to(device, dtype)
-
-
 def index_tensors(path: str | os.PathLike) -> dict[str, Stored]:
     """Every tensor of a .safetensors file or a torch pickle by name, none of them read yet. Raises WeightsError."""
     path = Path(path)
     if format_of(path) == "safetensors":
         return _index_safetensors(path)
-    if zipfile.is_zipfile(path):
-        return _index_pickle(path)
-    return {name: InMemory(tensor) for name, tensor in read_tensors(path).items()}  # from before torch 1.6
+    try:
+        found = _index_pickle(path) if zipfile.is_zipfile(path) else _index_legacy(path)
+    except OSError as error:
+        raise WeightsError(f"{path}: {error.strerror or 'cannot be read'}") from error
+    except zipfile.BadZipFile as error:
+        raise WeightsError(f"{path}: damaged or cut short; copy it again") from error
+    _refuse_bomb(path, found)
+    return found
 
 
 def span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
@@ -104,19 +90,11 @@ def span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 
 def _index_safetensors(path: Path) -> dict[str, Stored]:
-    read_header(path)  # checks everything but overlaps
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        table = json.loads(file.read(length))
-    table.pop("__metadata__", None)
-    found, end = {}, 0
-    for name, entry in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
-        start, stop = entry["data_offsets"]
-        if start != end:
-            raise WeightsError(f"{path}: damaged header (tensor {name!r} overlaps another or leaves a hole)")
-        found[name] = InFile(path, 8 + length + start, tuple(entry["shape"]), DTYPES[entry["dtype"]])
-        end = stop
-    return found
+    header = read_header(path)
+    return {
+        name: InFile(path, header.start + header.places[name][0], shape, header.dtypes[name])
+        for name, shape in header.shapes.items()
+    }
 
 
 def _index_pickle(path: Path) -> dict[str, Stored]:
@@ -125,15 +103,33 @@ def _index_pickle(path: Path) -> dict[str, Stored]:
             root = next((n[: -len("data.pkl")] for n in archive.namelist() if n.endswith("data.pkl")), None)
             if root is None:
                 raise WeightsError(f"{path}: a zip archive, but not one that torch wrote (no data.pkl)")
-            if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+            order = f"{root}byteorder"
+            if order in archive.NameToInfo and _stored(archive, order, path) != b"little":
                 raise WeightsError(f"{path}: written on a big-endian machine; convert it to safetensors there")
             tensors = read_pickle(_stored(archive, f"{root}data.pkl", path), path)
             places = {t.storage: _place(archive, file, f"{root}data/{t.storage}", path) for t in tensors.values()}
-    except (OSError, zipfile.BadZipFile, KeyError, struct.error, NotImplementedError) as error:
+    except WeightsError:
+        raise
+    except Exception as error:  # a damaged archive ends in any of a dozen types
         raise WeightsError(f"{path}: damaged or cut short ({type(error).__name__}); copy it again") from error
-    found = {name: _in_storage(path, name, tensor, *places[tensor.storage]) for name, tensor in tensors.items()}
-    _refuse_bomb(path, found)
-    return found
+    return {name: _in_storage(path, name, tensor, *places[tensor.storage]) for name, tensor in tensors.items()}
+
+
+def _index_legacy(path: Path) -> dict[str, Stored]:
+    """From before torch 1.6: the storages follow the pickles, each after the number of its elements."""
+    with open(path, "rb") as file:
+        tensors, storages, position = read_legacy(file.read(MAX_PICKLE), path)
+        end, places = path.stat().st_size, {}
+        for name, dtype in storages:
+            file.seek(position)
+            head = file.read(8)
+            size = int.from_bytes(head, "little") * dtype.itemsize
+            if len(head) < 8 or position + 8 + size > end:
+                raise WeightsError(f"{path}: damaged or cut short; copy it again")
+            places[name], position = (position + 8, size), position + 8 + size
+    if lost := [name for name, tensor in tensors.items() if tensor.storage not in places]:
+        raise WeightsError(f"{path}: tensor {lost[0]!r} has no numbers; the file is damaged")
+    return {name: _in_storage(path, name, tensor, *places[tensor.storage]) for name, tensor in tensors.items()}
 
 
 def _stored(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:

@@ -3,10 +3,8 @@
 import json
 import math
 import os
-import pickle
 import struct
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,6 +21,7 @@ from ldm.utils.errors import WeightsError
 MAX_HEADER = 16 << 20  # bytes; the longest published header is under 1 MB
 MAX_TENSORS = 200_000
 MAX_NAME = 512
+MAX_AXES = 16
 MAX_EXTENT = 1 << 40
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -39,13 +38,17 @@ class Header(NamedTuple):
     dtypes: dict[str, torch.dtype]
     metadata: dict[str, str]  # as written by whoever made the file
     ldm: dict[str, Any]  # what `write_tensors` was given as metadata; empty in files of others
+    start: int  # byte of the file that follows the header
+    places: dict[str, tuple[int, int]]  # first and last byte after that
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """All tensors of a .safetensors file or a torch pickle (.pt .pth .ckpt .bin), on the CPU. Raises WeightsError."""
     path = Path(path)
     if format_of(path) == "torch":
-        return _read_pickle(path)
+        from ldm.io.stored import index_tensors  # which reads headers by what is here
+
+        return {name: stored.read() for name, stored in index_tensors(path).items()}
     read_header(path)
     try:
         return load_file(path)
@@ -68,14 +71,16 @@ def read_header(path: str | os.PathLike) -> Header:
         raise WeightsError(f"{path}: damaged header (metadata is not a table of texts)")
     if len(table) > MAX_TENSORS:
         raise WeightsError(f"{path}: {len(table):,} tensors, at most {MAX_TENSORS:,} are read")
-    needed = max((_check_entry(name, entry, path) for name, entry in table.items()), default=0)
-    if needed != space:
+    places = {name: _check_entry(name, entry, path) for name, entry in table.items()}
+    if (needed := max((end for _, end in places.values()), default=0)) != space:
         state = "cut short" if needed > space else "longer than its header says"
         raise WeightsError(f"{path}: {state} ({space:,} bytes of tensors, {needed:,} expected); copy it again")
+    _check_places(places, path)
     shapes = {name: tuple(entry["shape"]) for name, entry in table.items()}
     dtypes = {name: DTYPES[entry["dtype"]] for name, entry in table.items()}
     ours = parse_json(metadata.get("ldm", "{}"), f"{path} (metadata)", WeightsError)
-    return Header(shapes, dtypes, metadata, ours if isinstance(ours, dict) else {})
+    start = os.path.getsize(path) - space
+    return Header(shapes, dtypes, metadata, ours if isinstance(ours, dict) else {}, start, places)
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: dict | None = None) -> None:
@@ -126,69 +131,32 @@ def _header_table(file: BinaryIO, size: int, path: Path) -> tuple[dict, int]:
     return table, size - 8 - length
 
 
-def _check_entry(name: str, entry: Any, path: Path) -> int:
-    """Where the data of one header entry ends. Overlaps and holes are the library's to find."""
+def _check_entry(name: str, entry: Any, path: Path) -> tuple[int, int]:
+    """Where the data of one header entry begins and ends."""
     if not name or len(name) > MAX_NAME or not name.isprintable():
         raise WeightsError(f"{path}: damaged header (tensor name {name[:40]!r})")
     try:
         (start, end), shape, width = entry["data_offsets"], entry["shape"], DTYPES[entry["dtype"]].itemsize
-        numbers = [start, end, *shape]
-        if not all(type(n) is int and 0 <= n < MAX_EXTENT for n in numbers) or end - start != math.prod(shape) * width:
+        if len(shape) > MAX_AXES or not all(type(n) is int and 0 <= n < MAX_EXTENT for n in [start, end, *shape]):
+            raise ValueError(entry)
+        if end - start != math.prod(shape) * width:
             raise ValueError(entry)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise WeightsError(f"{path}: damaged header (tensor {name!r}: {str(entry)[:100]})") from error
-    return end
+    return start, end
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        is_zip = zipfile.is_zipfile(path)
-        if is_zip:
-            _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-        tensors = dict(_named_tensors(content))
-    except WeightsError:
-        raise
-    except pickle.UnpicklingError as error:
-        advice = "convert it to safetensors where it was made, or where it is trusted"
-        raise WeightsError(f"{path}: not a plain file of tensors ({_refused(error)}); {advice}") from error
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path}: no such file") from error
-    except Exception as error:  # a damaged pickle ends in any of a dozen types
-        raise WeightsError(f"{path}: damaged or cut short ({type(error).__name__}: {_line(error)})") from error
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if total > 4 * path.stat().st_size:  # expanded views: terabytes from a few bytes
-        raise WeightsError(f"{path}: its tensors claim {total:,} bytes, the file has {path.stat().st_size:,}")
-    return tensors
-
-
-def _check_archive(path: Path) -> None:
-    """torch stores, never deflates: a compressed entry is a bomb or not torch's."""
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
-                raise WeightsError(f"{path}: entry {entry.filename!r} is compressed, which no file of torch's is")
-
-
-def _named_tensors(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors of nested tables, names joined by dots; Lightning's outer 'state_dict' adds no prefix."""
-    if isinstance(content, Tensor):
-        yield prefix or "tensor", content.detach()
-    elif isinstance(content, Mapping):
-        if not prefix and isinstance(content.get("state_dict"), Mapping):
-            content = content["state_dict"]
-        for name, value in content.items():
-            yield from _named_tensors(value, f"{prefix}.{name}" if prefix else str(name))
+def _check_places(places: Mapping[str, tuple[int, int]], path: Path) -> None:
+    """The tensors lie one behind the other, none in another."""
+    before = 0
+    for name, (start, end) in sorted(places.items(), key=lambda item: item[1]):
+        if start != before:
+            raise WeightsError(f"{path}: damaged header (tensor {name!r} overlaps another or leaves a hole)")
+        before = end
 
 
 def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def _refused(error: Exception) -> str:
-    """The name of the Python object torch refused, out of its long explanation."""
-    words = str(error).partition("GLOBAL ")[2].split()
-    return f"it would run or build {words[0]}" if words else _line(error)
 
 
 def _line(error: Exception) -> str:

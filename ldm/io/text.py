@@ -1,6 +1,7 @@
 """Captions, JSON and YAML from outside: strict UTF-8, bounded size and depth, no duplicate keys."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 import yaml
 
 from ldm.io.files import read_bytes, replacing
-from ldm.utils.errors import DataError, LdmError
+from ldm.utils.errors import DataError, LdmError, reading
 
 MAX_TEXT = 1 << 20  # bytes of one caption or one configuration
 MAX_TABLE = 1 << 30  # bytes of a table of captions, read line by line
+MAX_YAML = 1 << 16  # bytes; the longest published one has 5 KB, and reading it takes a second per 100 KB
 MAX_DEPTH = 32
+MAX_TABLES = 1_000_000  # of one JSON text; mT5's vocabulary is 250,000 lists
 _DROPPED = object()  # stands for NaN and Infinity until the object that has it is complete
 
 
@@ -35,11 +38,13 @@ def parse_json(text: str, name: str, error: type[LdmError] = DataError, *, lenie
     lenient: entries of objects that are NaN or Infinity, which Python's programs write, are left out instead.
     """
     constant = (lambda _: _DROPPED) if lenient else _refuse_constant
+    if (tables := text.count("{") + text.count("[")) > MAX_TABLES:
+        raise error(f"{name}: {tables:,} tables and lists in one JSON text, at most {MAX_TABLES:,} are read")
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant, parse_float=_finite)
         _check_depth(value, MAX_DEPTH)
     except (ValueError, RecursionError) as problem:
-        raise error(f"{name}: not the JSON expected here ({problem})") from problem
+        raise error(f"{name}: not the JSON expected here ({' '.join(str(problem).split())[:200]})") from problem
     return value
 
 
@@ -69,12 +74,10 @@ class _Plain(yaml.SafeLoader):
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """A configuration that others wrote with weights as YAML: one table of plain values. Raises DataError."""
-    text = decode_text(read_bytes(path, max_bytes=MAX_TEXT), str(path))
-    try:
+    text = decode_text(read_bytes(path, max_bytes=MAX_YAML), str(path))
+    with reading(path, "not the YAML expected here", DataError):  # its values of many types end in as many errors
         config = yaml.load(text, _Plain)
         _check_depth(config, MAX_DEPTH)
-    except (yaml.YAMLError, ValueError, RecursionError) as problem:
-        raise DataError(f"{path}: not the YAML expected here ({' '.join(str(problem).split())[:200]})") from problem
     if not isinstance(config, dict):
         raise DataError(f"{path}: holds a YAML {type(config).__name__}, a configuration is a table")
     return config
@@ -107,6 +110,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in table.items() if value is not _DROPPED}
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return number
+
+
 def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not a JSON number")
 
@@ -115,7 +125,11 @@ def _check_depth(value: Any, levels: int) -> None:
     if value is _DROPPED:
         raise ValueError("a list with NaN or Infinity")
     if not isinstance(value, dict | list):
+        if not isinstance(value, str | int | float | None):  # of YAML: dates, sets, bytes
+            raise ValueError(f"a {type(value).__name__}")
         return
+    if isinstance(value, dict) and not all(isinstance(key, str | int | float | None) for key in value):
+        raise ValueError("a key that is no text")
     if levels == 0:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
     for child in value.values() if isinstance(value, dict) else value:

@@ -22,7 +22,7 @@ HOW = ("weights", "base", "sampler", "times", "steps", "guidance", "threshold", 
 def with_class_images(cfg: dict, data: Dataset, path: Path, device: Any, world: Any) -> Dataset:
     """The data as DreamBooth mixes it. Class images that are not there yet are drawn, each rank its share; a run that
     is killed while it draws goes on with the next one."""
-    recipe = make(cfg["dreambooth"])
+    recipe = make(cfg["dreambooth"], "dreambooth")
     folder = Path(recipe.path or path / "class_images")
     missing = world.first(lambda: recipe.missing(folder))
     if missing:

@@ -84,11 +84,11 @@ def held_out_data(cfg: dict, run: Run, size: tuple[int, int]) -> Any:
     """
     if cfg["data"]:
         node = {**cfg["data"], "image_size": cfg["data"]["image_size"] or min(size)}
-        return make({**node, "split": None} if cfg["weights"] else {**node, "split": "held_out"})
+        return make({**node, "split": None if cfg["weights"] else "held_out"}, "data")
     if cfg["weights"]:
         raise ConfigError("metrics of weights= need images and prompts to compare with: data=folder data.path=DIR")
     node = run.config["data"]
-    return build_held_out(node, make(node))
+    return build_held_out(node, make(node, "data"))
 
 
 class Draw:

@@ -39,7 +39,7 @@ def measure_cascade(cfg: dict, given: Sequence[str], out: Path) -> None:
     draw, found = once(draw), {}
     for number, stage in enumerate(cascade.stages, 1):
         node = stage.config["data"]
-        data, objective = build_held_out(node, make(node)), stage.load().objective
+        data, objective = build_held_out(node, make(node, "data")), stage.load().objective
         for metric in build_metrics(sized(cfg["metrics"], cfg["num_images"])).values():
             numbers = metric(lambda prompts, seeds, k=number - 1: draw(prompts, list(seeds))[k], data, objective)
             found |= {f"stage_{number}/{name}": value for name, value in numbers.items()}

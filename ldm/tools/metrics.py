@@ -25,19 +25,19 @@ def build_metric(node: dict) -> Callable:
         parts["features"] = extractor(json.dumps(node.pop("features")))
     if "perceptual" in node:
         perceptual = node.pop("perceptual")
-        parts["perceptual"] = make(perceptual) if perceptual else None
+        parts["perceptual"] = make(perceptual, "perceptual") if perceptual else None
     if "metrics" in node:
         parts["metrics"] = build_metrics(node.pop("metrics"))
     if "arms" in node:
         parts["arms"] = {name: arm([*node["shared"], *own]) for name, own in node.pop("arms").items()}
         del node["shared"]
-    return make(node, **parts)
+    return make(node, "metrics", **parts)
 
 
 @lru_cache(maxsize=1)
 def extractor(node: str) -> Any:
     """That of a node as JSON: the same object for all metrics that share it."""
-    return make(json.loads(node))
+    return make(json.loads(node), "features")
 
 
 def arm(overrides: Sequence[str]) -> dict:

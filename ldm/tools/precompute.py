@@ -263,7 +263,7 @@ def prepare_cached(cfg: dict) -> StoredLatents:
 
     if not cfg["cache"]:
         raise ConfigError("nothing says where to: give cache=DIR")
-    data = make(cfg["data"])
+    data = make(cfg["data"], "data")
     published = cfg["weights"] or parts_of(cfg)
     cfg, networks, vocabulary = begin(cfg, {}) if published else (cfg, {}, None)
     node = cfg["codec"]

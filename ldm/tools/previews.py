@@ -27,7 +27,7 @@ class Previews:
 
     def __init__(self, cfg: dict, path: Path, data: Any, objective: nn.Module, ema: Any):
         self.cfg, self.path, self.data, self.objective, self.ema = cfg, path, data, objective, ema
-        self.preview = make(cfg["preview"]) if cfg["preview"] else None
+        self.preview = make(cfg["preview"], "preview") if cfg["preview"] else None
         self.metrics = build_metrics(cfg["metrics"])
         self.sampling = Sampling.from_config(cfg)
         if isinstance(objective, DiffusionObjective):

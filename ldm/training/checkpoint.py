@@ -16,10 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from ldm.io.checkpoints import (
-    commit, followed, latest, point_last, prune, read_object, sha256, step_directory, verify, whole,
+    commit,
+    followed,
+    latest,
+    point_last,
+    prune,
+    read_object,
+    sha256,
+    step_directory,
+    verify,
+    whole,
 )  # fmt: skip
 from ldm.io.files import read_bytes
-from ldm.io.tensors import read_tensors, write_tensors
+from ldm.io.tensors import read_header, read_tensors, write_tensors
 from ldm.io.text import decode_text, read_config, write_json
 from ldm.training.ema import EMA, canonical, trainable
 from ldm.utils.errors import CheckpointError, DataError, NonFiniteError, WeightsError
@@ -185,7 +194,28 @@ def load_weights(directory: Path, objective: nn.Module, *, ema: bool = True) -> 
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(found[name])
-    return read_object(directory / "state.json")["step"]
+    step = read_object(directory / "state.json").get("step")
+    if type(step) is not int or not 0 <= step < 1 << 53:
+        raise CheckpointError(f"{directory} is damaged: its state.json has step={str(step)[:40]}, expected a number")
+    return step
+
+
+def check_weights(directory: Path, objective: nn.Module, *, ema: bool = True) -> None:
+    """Compare names and shapes as `load_weights` does, before an objective on `meta` takes memory. CheckpointError."""
+    trained, frozen = tensors(objective)
+    _refuse_other(directory, stored_shapes(directory, ema=ema), trained | frozen)
+
+
+def stored_shapes(directory: Path, *, ema: bool = True) -> dict[str, Tensor]:
+    """Tensors on `meta` like those of a checkpoint, by name.  Raises CheckpointError."""
+    found: dict[str, Tensor] = {}
+    with _reading(directory):
+        for name in ["model.safetensors", "frozen.safetensors"] + ["ema.safetensors"] * ema:
+            if (directory / name).is_file():
+                header = read_header(directory / name)
+                sizes = {key: (shape, header.dtypes[key]) for key, shape in header.shapes.items()}
+                found |= {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in sizes.items()}
+    return found
 
 
 def load_config(directory: Path) -> dict:
@@ -232,7 +262,8 @@ def _refuse_other(directory: Path, found: Mapping[str, Tensor], expected: Mappin
     }
     faults = [f"{len(v)} {kind} ({', '.join(v[:2])}{', ...' * (len(v) > 2)})" for kind, v in kinds.items() if v]
     if faults:
-        network = (read_object(directory / "config.json").get("network") or {}).get("_target_", "another network")
+        node = read_object(directory / "config.json").get("network")
+        network = node.get("_target_", "another network") if isinstance(node, dict) else "no network"
         raise CheckpointError(f"{directory} holds {network}, which is not the network built here: {'; '.join(faults)}")
 
 

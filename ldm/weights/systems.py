@@ -13,7 +13,7 @@ from ldm.io.stored import index_tensors
 from ldm.utils.errors import WeightsError
 from ldm.weights.components import row_of
 from ldm.weights.described import settings_of
-from ldm.weights.detect import class_words, looks_like
+from ldm.weights.detect import looks_like
 from ldm.weights.formats import Config
 from ldm.weights.load import arguments_of, load_source
 from ldm.weights.pipeline import BETAS, read_settings, read_tokenizer, scales, vocabularies

@@ -1,0 +1,13 @@
+"""A few damaged files of every format in every run of the suite; `fuzz.py` reads as many as one likes."""
+
+import pytest
+from fuzz import fuzz
+from fuzz_formats import FORMATS
+
+COUNTS = {"run": 60, "report": 30}  # slower than the others
+COUNT = 200
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_damaged_files_end_in_one_line(name):
+    assert fuzz(name, COUNTS.get(name, COUNT)) == []
