@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.build import config_dir, explain, plain
+from ldm.io.output import lasting_output
 from ldm.tools.jobs import run_job
 from ldm.utils.errors import ConfigError, LdmError
 
@@ -41,6 +42,7 @@ def entry(config_name: str) -> Callable:
         program = hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(job)
 
         @wraps(main)
+        @lasting_output()
         def run() -> None:
             if {"--help", "-h"} & set(sys.argv):
                 return print(usage(config_name))

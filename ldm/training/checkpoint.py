@@ -16,8 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from ldm.io.checkpoints import (
-    commit, followed, latest, point_last, prune, read_object, sha256, step_directory, verify, whole,
-)  # fmt: skip
+    commit,
+    followed,
+    latest,
+    point_last,
+    prune,
+    read_object,
+    sha256,
+    step_directory,
+    verify,
+    whole,
+)
 from ldm.io.files import read_bytes
 from ldm.io.tensors import read_tensors, write_tensors
 from ldm.io.text import decode_text, read_config, write_json

@@ -33,3 +33,9 @@ class NonFiniteError(LdmError):
     """The loss or the gradients stopped being numbers."""
 
     exit_code = 5
+
+
+class RankError(LdmError):
+    """Another process of a distributed run is gone, or does not answer."""
+
+    exit_code = 6
