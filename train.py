@@ -17,7 +17,7 @@ def main(cfg: dict, path: Path) -> float | None:
     from ldm.utils.devices import pick_device
 
     device, goal = local_device(pick_device(cfg["device"])), cfg.pop("goal")
-    world = init(device)
+    world = init(device, timeout=cfg["trainer"]["timeout"])
     try:
         return reached(goal, train(cfg, world.first(lambda: path), device, world))
     finally:

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ldm.training.loop import Hooks, Trainer, fit, gradients, prepare
 from ldm.training.optim import adamw, cosine
 from ldm.training.run import RunDirectory
 from ldm.training.signals import Interrupted
-from ldm.utils.errors import CheckpointError, NonFiniteError
+from ldm.utils.errors import CheckpointError, ConfigError, DataError, LdmError, NonFiniteError
 
 CPU = torch.device("cpu")
 
@@ -186,22 +187,101 @@ def test_a_run_started_by_torchrun_uses_its_numbers(monkeypatch):
 # --- a peer that is gone --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", ["die", "raise", "hang"])
-def test_no_rank_waits_for_ever(fault, tmp_path):
+def lines(path: Path) -> dict[int, list[str]]:
+    return {rank: (path / f"said{rank}").read_text().splitlines() for rank in (0, 1)}
+
+
+def as_entry_does(world: World, path: Path, *arguments, **options) -> None:
+    """Train, and end with the line and the exit code of an error."""
+    sys.stderr = open(path / f"said{world.rank}", "w")
+    try:
+        train(world, path, *arguments, **options)
+    except LdmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    finally:
+        sys.stderr.flush()
+        world.close()
+
+
+FAULTS = {  # on a rank, with the batch of step 4: (its exit code, the last line it says, what the other one says of it)
+    "data": (3, "error: photo.png is broken", "has stopped"),
+    "memory": (2, "error: out of memory in step 4", "has stopped"),
+    "bug": (70, None, "has stopped"),
+    "die": (9, None, "has stopped"),
+    "hang": (6, "error: another rank of 2 has stopped", "does not answer (trainer.timeout)"),
+}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_rank_waits_for_ever(fault, rank, tmp_path):
+    class Full(toy.Toy):
+        def forward(self, batch):
+            if batch.get("full"):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(batch)
+
     def unlucky(world, path):
         def source(step):
             for batch in shares(world)(step):
-                if batch["step"] == 3 and world.rank == 1:
+                if batch["step"] == 3 and world.rank == rank:
                     if fault == "die":
                         os._exit(9)
-                    if fault == "raise":
+                    if fault == "bug":
                         raise ValueError("on one rank")
-                    time.sleep(4)
+                    if fault == "data":
+                        raise DataError("photo.png is broken")
+                    batch["full"] = fault == "memory"
+                    time.sleep(4 if fault == "hang" else 0)
                 yield batch
 
-        train(world, path, source)
+        as_entry_does(world, path, source, module=Full(dropout=0.0))
 
     begun = time.monotonic()
-    codes = both(unlucky, tmp_path, timeout=2.0)
-    assert codes[0] != 0 and codes[1] != 0 and time.monotonic() - begun < 25
-    assert checkpoints.latest(tmp_path / "run/checkpoints")[0].name == "step_00000002"
+    codes, (code, own, others) = both(unlucky, tmp_path, timeout=2.0), FAULTS[fault]
+    assert codes[rank] == code and codes[1 - rank] == 6 and time.monotonic() - begun < 25
+    said = lines(tmp_path)
+    assert said[1 - rank][-1].startswith("error: ") and others in said[1 - rank][-1]
+    if own:
+        assert said[rank][-1].startswith(own)
+    assert not any("Traceback" in line or "gloo" in line for line in said[0] + said[1])
+    # Rank 0 writes the last step that was finished, unless it is the one that is gone.
+    kept = "step_00000002" if rank == 0 and fault == "die" else "step_00000003"
+    assert checkpoints.latest(tmp_path / "run/checkpoints")[0].name == kept
+
+
+def test_after_a_rank_was_lost_training_continues_with_the_same_bits(tmp_path):
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+
+    def loses(world, path):
+        def source(step):
+            for batch in shares(world)(step):
+                if batch["step"] == 4 and world.rank == 1:
+                    os._exit(9)
+                yield batch
+
+        as_entry_does(world, path, source)
+
+    assert both(train, tmp_path / "whole") == [0, 0]
+    assert both(loses, tmp_path / "parts") == [6, 9]
+    assert both(train, tmp_path / "parts") == [0, 0]
+    for name in ("model", "ema", "optimizer"):
+        for key, value in tensors(tmp_path / "whole", name).items():
+            if key != "seen":  # each rank counts its own images
+                assert torch.equal(tensors(tmp_path / "parts", name)[key], value)
+
+
+def test_ranks_wait_longer_for_an_evaluation_than_for_a_step(tmp_path):
+    def slow(world, path):
+        train(world, path, hooks=Hooks(on_eval=lambda step: time.sleep(3)), eval_every=3, steps=3)
+
+    assert both(slow, tmp_path, timeout=1.0) == [0, 0]
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, "long", None])
+def test_an_impossible_timeout_is_refused(timeout, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="trainer.timeout="):
+        init(CPU, timeout=timeout)

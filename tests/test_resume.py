@@ -20,7 +20,7 @@ from ldm.training import checkpoint, loop
 from ldm.training.ema import EMA
 from ldm.training.loop import Hooks
 from ldm.training.optim import cosine
-from ldm.training.signals import Interrupted
+from ldm.training.signals import SIGNALS, Interrupted
 
 MEMORY = Path("/dev/shm")
 KILLS = int(os.environ.get("LDM_KILLS", "40"))
@@ -74,7 +74,7 @@ def test_resume_is_bit_exact(variant, tmp_path):
     assert interrupted_run(tmp_path / "parts", **VARIANTS[variant]) == toy.digest(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_the_step_and_saves_it(number, tmp_path):
     with pytest.raises(Interrupted) as stop:
         toy.train(tmp_path, source=stopped_at(4, number))
@@ -90,6 +90,33 @@ def test_a_second_signal_is_obeyed_at_once(tmp_path):
         yield from toy.batches(start)
 
     assert toy.wait(toy.forked(lambda: toy.train(tmp_path, source=source))) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM])
+def test_a_closed_terminal_may_say_so_twice(first, tmp_path):
+    def source(start):
+        for batch in toy.batches(start):
+            if batch["step"] == 3:
+                os.kill(os.getpid(), first)
+                os.kill(os.getpid(), signal.SIGHUP)
+            yield batch
+
+    with pytest.raises(Interrupted) as stop:
+        toy.train(tmp_path, source=source)
+    assert stop.value.code == 128 + first
+    assert checkpoints.verify(tmp_path / "checkpoints/last")["step"] == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_what_is_ignored_at_the_start_stays_ignored(number, tmp_path, oracle):
+    """As under nohup, and for Ctrl-C of a program that a script started in the background."""
+    previous = signal.signal(number, signal.SIG_IGN)
+    try:
+        toy.train(tmp_path, source=stopped_at(4, number))
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, previous)
+    assert toy.digest(tmp_path) == oracle
 
 
 def test_an_earlier_handler_gets_its_signal_after_the_save(tmp_path):

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from ldm.build import make
 from ldm.data.dreambooth import DreamBooth
 from ldm.generate import Run, generate, load_run
+from ldm.io.files import sweep_temporaries
 from ldm.io.images import write_png
 from ldm.published import load_published, parts_of
 from ldm.sampling import Sampling
@@ -24,11 +25,12 @@ def with_class_images(cfg: dict, data: Dataset, path: Path, device: Any, world: 
     is killed while it draws goes on with the next one."""
     recipe = make(cfg["dreambooth"], "dreambooth")
     folder = Path(recipe.path or path / "class_images")
+    world.first(lambda: sweep_temporaries(folder))
     missing = world.first(lambda: recipe.missing(folder))
     if missing:
         share = list(missing.items())[world.rank :: world.size]
         draw_class_images(cfg, recipe, folder, share, device)
-        world.agree(0)  # here when all of them are
+        world.wait()
     return recipe.mix(data, folder, cfg["image_size"])
 
 

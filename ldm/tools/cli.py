@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.build import config_dir, plain
+from ldm.io.output import lasting_output
 from ldm.tools.jobs import Sweep, run_job
 from ldm.tools.words import base, groups, options, readable, sort_out
 from ldm.utils.errors import ConfigError, LdmError
@@ -49,6 +50,7 @@ def entry(config_name: str) -> Callable:
         program = hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(job)
 
         @wraps(main)
+        @lasting_output()
         def run() -> None:
             if {"--help", "-h"} & set(sys.argv):
                 return print(usage(config_name))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ldm.io.folders import appearing
+from ldm.io.output import lasting_output
 from ldm.utils.errors import ConfigError, LdmError, WeightsError
 from ldm.weights.components import FOLDERS
 from ldm.weights.formats import Config
@@ -109,6 +110,7 @@ class Job:
         return {"scaling_factor": self.settings.get("scale", LATENT_SCALES[self.family])}
 
 
+@lasting_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ldm.tools.convert", description="Convert published weights.")
     parser.add_argument("src", type=Path, metavar="SRC", help="a diffusers folder or a file: .safetensors .ckpt .pt")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.conditioning.stored import KnownTexts
+from ldm.io.output import lasting_output
 from ldm.published import DTYPES, read_texts
 from ldm.utils.devices import pick_device
 from ldm.utils.errors import ConfigError, LdmError, WeightsError
@@ -66,6 +67,7 @@ def share_text_encoder(stages: Sequence[dict]) -> list[dict]:
     return [{**cfg, "text_encoder": shared} if any(cfg is one for one in lacking) else cfg for cfg in stages]
 
 
+@lasting_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ldm.tools.embed", description="Read texts for later.")
     parser.add_argument("out", type=Path, metavar="OUT", help="a new .safetensors file")

@@ -147,7 +147,7 @@ class Draw:
                 write_png(folder / f"{i:06d}.png", image, {"prompt": prompt, "seed": str(seed)})
             bar.update(len(part))
         bar.close()
-        self.world.agree(0)
+        self.world.wait()
 
 
 class Kept:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.io.files import replacing
+from ldm.io.output import lasting_output
 from ldm.tools.claims import claims
 from ldm.tools.drawn import Drawn, drawn_grid, drawn_table, find_drawn
 from ldm.tools.figures import contact_sheet, plot
@@ -75,6 +76,7 @@ def _write(path: Path, text: str) -> None:
     print(path)
 
 
+@lasting_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ldm.tools.report", description="Compare training runs.")
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="a run, a sweep, or a folder of them")

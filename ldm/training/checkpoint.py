@@ -26,7 +26,7 @@ from ldm.io.checkpoints import (
     step_directory,
     verify,
     whole,
-)  # fmt: skip
+)
 from ldm.io.files import read_bytes
 from ldm.io.tensors import read_header, read_tensors, write_tensors
 from ldm.io.text import decode_text, read_config, write_json

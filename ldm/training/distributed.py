@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
@@ -13,6 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ldm.utils.errors import ConfigError, RankError
+
+PATIENCE = timedelta(days=30)  # of ranks that wait for rank 0 to draw, evaluate or save
+
 
 @dataclass(frozen=True)
 class World:
@@ -20,6 +25,7 @@ class World:
 
     rank: int = 0
     size: int = 1
+    patient: dist.ProcessGroup | None = None  # the same ranks, for what may take rank 0 hours
 
     @property
     def is_main(self) -> bool:
@@ -33,12 +39,24 @@ class World:
         keep = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
         return DistributedDataParallel(objective, **keep)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise RankError, one line, where another rank died or hangs while this one waits for it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            silent = "does not answer (trainer.timeout)" if "imed out" in str(error) else "has stopped"
+            raise RankError(f"another rank of {self.size} {silent}; look for what it says itself") from error
+
     def agree(self, number: int) -> int:
         """The largest number any rank brings, a signal for instance; on the host, so no accelerator is waited for."""
         if self.size == 1:
             return number
         shared = torch.tensor(number)
-        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        with self.together():
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
         return int(shared)
 
     def any(self, flag: Tensor) -> Tensor:
@@ -46,15 +64,39 @@ class World:
         if self.size == 1:
             return flag
         shared = flag.float()
-        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        with self.together():
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
         return shared > 0
 
     def mean(self, value: Tensor) -> Tensor:
         if self.size == 1:
             return value
         shared = value / self.size
-        dist.all_reduce(shared)
+        with self.together():
+            dist.all_reduce(shared)
         return shared
+
+    def wait(self) -> None:
+        """Until every rank is here, however long one of them takes, as rank 0 does to evaluate."""
+        if self.size > 1:
+            with self.together():
+                dist.barrier(group=self.patient)
+
+    def each(self, function: Callable[[], Any]) -> Any:
+        """Call on every rank; where one fails, that one raises its error and the others RankError, none waits."""
+        if self.size == 1:
+            return function()
+        result, error = None, None
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+        failed = self.agree(0 if error is None else self.rank + 1)
+        if error is not None:
+            raise error
+        if failed:
+            raise RankError(f"rank {failed - 1} of {self.size} has stopped; look for what it says itself")
+        return result
 
     def first(self, function: Callable[[], Any]) -> Any:
         """Call on rank 0 only; every rank returns its result or raises its error, so none waits for one that failed."""
@@ -66,7 +108,8 @@ class World:
                 outcome[0] = function()
             except Exception as error:
                 outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        with self.together():
+            dist.broadcast_object_list(outcome, src=0, group=self.patient, device=torch.device("cpu"))
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
@@ -92,19 +135,21 @@ def local_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def init(device: torch.device, *, timeout: float = 1800.0, rendezvous: str = "env://") -> World:
+def init(device: torch.device, *, timeout: float = 600.0, rendezvous: str = "env://") -> World:
     """Join the ranks that torchrun started (RANK, WORLD_SIZE); ALONE where it did not.
 
-    timeout in seconds, after which a rank that waits for a hung one gives up: longer than previews on rank 0 take.
+    timeout: seconds after which a rank gives up on one that hangs in a step. Raises ConfigError, RankError.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return ALONE
+    if not isinstance(timeout, int | float) or timeout <= 0:
+        raise ConfigError(f"trainer.timeout={timeout}: expected seconds, more than 0")
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(
-        backend, init_method=rendezvous, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
-    )
-    return World(rank, size)
+    with World(rank, size).together():
+        wait = timedelta(seconds=timeout)
+        dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=size, timeout=wait)
+        return World(rank, size, dist.new_group(backend="gloo", timeout=PATIENCE))

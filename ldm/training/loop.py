@@ -46,6 +46,7 @@ class Trainer:
     eval_every: int = 0
     save_every: int = 1000
     keep: int = 2  # newest checkpoints
+    timeout: float = 600.0  # seconds that ranks wait in a step for one that hangs
 
     def __post_init__(self):
         for name, least in {"steps": 1, "batch_size": 1, "accumulate": 1, "keep": 2, "log_every": 0}.items():
@@ -116,14 +117,18 @@ def fit(
             torch.manual_seed(key(seed, "model", step, world.rank))
             lr = set_lr(optimizer, lr_schedule(step, trainer.steps))
             with session.rescue(step - 1, report):
-                loss, logs = gradients(model, next(batches), trainer, session.scaler)
-            norm, skipped = clip_and_step(optimizer, session.scaler, trainer.clip_norm, world.any(~loss.isfinite()))
+                batch = world.each(lambda: next(batches))
+                with world.together():
+                    loss, logs = gradients(model, batch, trainer, session.scaler)
+                bad = world.any(~loss.isfinite())
+            norm, skipped = clip_and_step(optimizer, session.scaler, trainer.clip_norm, bad)
             if ema:
                 ema.update(step)
             session.watch(step, skipped, report)
-            report.step(step, {**logs, "loss": loss, "lr": lr, "grad_norm": norm})
-            number = world.agree(signals.number)
-            session.save(step, report, stop=number > 0)
+            with session.rescue(step, report):
+                report.step(step, {**logs, "loss": loss, "lr": lr, "grad_norm": norm})
+                number = world.agree(signals.number)
+                session.save(step, report, stop=number > 0)
             if number:
                 signals.leave(number)
         return report.summary(objective)
@@ -196,8 +201,11 @@ class Session:
             print(f"continuing from {directory}", file=sys.stderr)
         return state
 
-    def save(self, step: int, report: Report, *, stop: bool) -> None:
-        """Write a checkpoint if one is due. A full disk is forgiven a few times, but not at the end of a run."""
+    def save(self, step: int, report: Report, *, stop: bool, alone: bool = False) -> None:
+        """Write a checkpoint if one is due. A full disk is forgiven a few times, but not at the end of a run.
+
+        alone: the other ranks do not take part.
+        """
         last = stop or step == self.trainer.steps
         if step == self.saved or not (last or self.trainer.due(step, self.trainer.save_every)):
             return
@@ -205,10 +213,11 @@ class Session:
         def write() -> None:
             parts = (self.objective, self.ema, self.optimizer, self.scaler)
             checkpoint.save(self.run, step, *parts, state=report.state(), keep=self.trainer.keep)
+            self.saved = step
 
         with report.paused():
             try:
-                self.world.first(write)
+                write() if alone else self.world.first(write)
                 self.saved, self.failed_saves = step, 0
                 if stop:
                     report.say(f"saved step {step}")
@@ -238,17 +247,19 @@ class Session:
 
     @contextmanager
     def rescue(self, step: int, report: Report) -> Iterator[None]:
-        """Keep the finished `step` when the next one cannot be computed for want of data or memory."""
+        """Keep the finished `step` when the next one cannot be computed: for want of data, memory, another rank."""
         try:
             yield
-        except (DataError, StopIteration, torch.OutOfMemoryError) as error:
+        except (CheckpointError, NonFiniteError):  # nothing that could be kept
+            raise
+        except Exception as error:
             self.optimizer.zero_grad(set_to_none=True)
-            if self.world.size == 1:  # other ranks are not here to take part
-                self.save(step, report, stop=True)
-            if isinstance(error, DataError):
-                raise
+            if self.world.is_main:  # the others need not be here any more
+                self.save(step, report, stop=True, alone=True)
             if isinstance(error, StopIteration):
                 raise DataError(f"the data ended after step {step} of {self.trainer.steps}") from None
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
             raise ConfigError(
                 f"out of memory in step {step + 1} with {self.trainer.batch_size // self.trainer.accumulate} images "
                 f"per micro-batch; raise trainer.accumulate from {self.trainer.accumulate} or lower trainer.batch_size"

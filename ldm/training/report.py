@@ -60,6 +60,7 @@ class Report:
                 self._call("writing down the settings", self.hooks.on_start, self.start)
             if self.unreported:
                 self._publish(self.unreported)
+        self.world.wait()
         return self
 
     def __exit__(self, *_) -> None:
@@ -86,6 +87,7 @@ class Report:
         record |= {"images": step * trainer.batch_size, "images_per_second": self._rate(step)}
         if self.world.is_main:
             self._publish(record)
+        self.world.wait()
         self.clock = time.monotonic()
 
     @contextmanager

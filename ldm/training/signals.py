@@ -1,11 +1,11 @@
-"""Ctrl-C, SIGTERM and the schedulers' SIGUSR1 and SIGUSR2: finish the step, save, leave."""
+"""Ctrl-C, SIGTERM, a closed terminal's SIGHUP and the schedulers' SIGUSR1 and SIGUSR2: finish the step, save, leave."""
 
 import os
 import signal
 from collections.abc import Callable
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(SystemExit):
@@ -13,7 +13,10 @@ class Interrupted(SystemExit):
 
 
 class Signals:
-    """Remembers the first signal, so that the step can end and be saved; the second one acts at once."""
+    """Remembers the first signal, so that the step can end and be saved; the second one acts at once.
+
+    A signal that is ignored from the start stays so: SIGHUP under nohup, Ctrl-C of what a script put in the background.
+    """
 
     def __init__(self):
         self.number = 0
@@ -21,8 +24,9 @@ class Signals:
         self.cutting = False  # a hook is running: nothing is lost by stopping in the middle of it
 
     def __enter__(self) -> "Signals":
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         try:
-            self.previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self.previous = {number: signal.signal(number, self._handle) for number in heard}
         except ValueError:  # not the main thread, a notebook's for instance
             self.previous = {}
         return self
@@ -52,6 +56,8 @@ class Signals:
 
     def _handle(self, number: int, _frame: Any) -> None:
         if os.getpid() != self.process:  # a forked data worker: its trainer tells it when to go
+            return
+        if self.number and number == signal.SIGHUP:  # the shell and the terminal each send one; so do logouts
             return
         if self.number:
             signal.signal(number, signal.SIG_DFL)

@@ -38,6 +38,12 @@ class NonFiniteError(LdmError):
     exit_code = 5
 
 
+class RankError(LdmError):
+    """Another process of a distributed run is gone, or does not answer."""
+
+    exit_code = 6
+
+
 @contextlib.contextmanager
 def reading(what: object, problem: str, kind: type[LdmError]) -> Iterator[None]:
     """Whatever a damaged or hostile file makes the code inside raise, as one line: "WHAT: PROBLEM (KeyError: 'x')"."""
