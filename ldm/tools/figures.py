@@ -59,9 +59,10 @@ def colours_of(rows: list[Row], claims: Sequence[Claim], panels: Sequence[tuple[
     of its own."""
     owner = {id(run): row.label for row in rows for run in row.runs}
     same: dict[str, str] = {}
-    for claim, order in ((claim, order) for claim in claims for order in claim.orders):
+    orders = [(order, claim.runs) for claim in claims for order in claim.orders]
+    for order, runs in orders:
         for arm in order.arms:
-            labels = {owner[id(run)] for run in order.runs(arm, claim.runs)}
+            labels = {owner[id(run)] for run in order.runs(arm, runs)}
             if len(labels) == 1 and len(arm.split("/")) == len(order.settings):
                 same[arm] = labels.pop()
     names = dict.fromkeys([row.label for row in rows] + [arm for _, dots in panels for arm in dots if arm not in same])
