@@ -14,8 +14,8 @@ from ldm.io.tensors import read_header
 from ldm.io.text import read_config, write_json
 from ldm.utils.errors import DataError, WeightsError
 from ldm.weights.components import class_name
-from ldm.weights.parts import MARKERS
 from ldm.weights.formats import Config
+from ldm.weights.parts import MARKERS
 from ldm.weights.places import SYSTEMS, places_of
 
 CLASSES = {  # of a pipeline; of a system without a line here: those of its family
