@@ -317,7 +317,7 @@ def test_foreign_files_of_one_encoder(tmp_path):
     "changes, words",
     [
         ({"hidden_act": "gelu_new"}, "gelu_new"),
-        ({"intermediate_size": 100}, "intermediate_size=100"),
+        ({"intermediate_size": 100}, "shapes differ"),
         ({"num_attention_heads": 7}, "7 heads"),
         ({"num_hidden_layers": 3}, "missing"),
         ({"architectures": ["BertModel"]}, "BertModel"),

@@ -217,7 +217,7 @@ def test_configs_of_other_transformers(tmp_path, changes, words):
 def test_other_transformers_are_named(tmp_path):
     state = original(network("dit"))
     for change, words in (
-        (lambda s: s | {"blocks.0.extra": torch.zeros(2)}, "a DiT or a SiT, but weights made for another network"),
+        (lambda s: s | {"blocks.0.extra": torch.zeros(2)}, "of no known part: 1 (blocks.0.extra); published.strict"),
         (lambda s: s | {"pos_embed": s["pos_embed"].flip(1)}, "pos_embed is not the fixed sin-cos table"),
         (lambda s: {k: v for k, v in s.items() if "blocks.1.mlp" not in k}, "missing 4"),
     ):

@@ -80,7 +80,8 @@ class CLIPText(nn.Module):
         self.pooled_dim = projection_dim or width if projected else width
         self.tokens = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.empty(length, width))
-        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_dim or 4 * width, activation, causal=True) for _ in range(depth))
+        mlp_dim = mlp_dim or 4 * width
+        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_dim, activation, causal=True) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.projection = Linear(width, self.pooled_dim, bias=False) if projected else None
         self.init_weights()

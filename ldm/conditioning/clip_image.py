@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from ldm.conditioning.clip import CLIPVision, check_skip
@@ -45,13 +46,15 @@ class CLIPImageEncoder(Encoder):
 def preprocess(image: Tensor, size: int) -> Tensor:
     """uint8 (3 H W) -> normalised float32 (3 size size): short side resized to `size`, the middle cut out.
 
-    Bicubic and rounded to uint8, as PIL resizes; on the CPU whatever the device, since only there can torch do it.
+    PIL resizes, bicubic and rounded to uint8, as for the pictures that CLIP was trained on: torch's own is two grey
+    levels off.
     """
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise DataError(f"image is {image.dtype} {tuple(image.shape)}, expected torch.uint8 (3, height, width)")
     short = min(image.shape[1:])
     height, width = (int(size * side / short) for side in image.shape[1:])
-    resized = F.interpolate(image[None].cpu(), (height, width), mode="bicubic", antialias=True)[0]
+    picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    resized = torch.tensor(np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))).permute(2, 0, 1)
     top, left = (height - size) // 2, (width - size) // 2
     square = resized[:, top : top + size, left : left + size]
     return (square / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)

@@ -26,8 +26,15 @@ STORAGES = {
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
 }  # fmt: skip
-WRAPPERS = ("state_dict", "module", "model", "params_ema", "params")  # where trainers put the table of weights
-AVERAGED = ("ema", "state_dict_ema", "model_ema")  # and, beside it, that of averaged ones: named "ema.*"
+WRAPPERS = (  # where trainers put the table of weights
+    "state_dict", "model_state_dict", "module", "model", "generator", "net", "network", "params", "weights",
+    "transformer", "unet", "vae", "autoencoder", "denoiser", "netG", "g",
+)  # fmt: skip
+AVERAGED = (  # and, beside it, that of averaged ones: named "ema.*"
+    "ema", "state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "model_ema_state_dict", "params_ema",
+    "generator_ema", "g_ema", "net_ema", "ema_net", "ema_params", "ema_weights", "averaged_model",
+)  # fmt: skip
+MAX_WRAPPERS = 5  # one in another
 ROOM = MAX_NAME + 1  # of a name, so that one that is too long is seen to be
 HARMLESS = {"_codecs", "argparse", "collections", "copyreg", "datetime", "enum", "functools", "pathlib", "typing"}
 BUILTINS = {"bool", "bytearray", "complex", "dict", "float", "frozenset", "int", "list", "set", "slice", "tuple"}
@@ -209,9 +216,11 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
 def _unwrapped(content: Any) -> Any:
     """The table of weights inside what a trainer saved, with that of averaged ones in it where there are both."""
     averaged = {}
-    for _ in WRAPPERS:
+    for _ in range(MAX_WRAPPERS):
         if _is_wrapper(content):
-            table = next((content[name] for name in AVERAGED if _is_table(content.get(name))), None)
+            tables = [content[name] for name in AVERAGED if isinstance(content.get(name), Mapping)]
+            tables += [table[name] for table in tables for name in WRAPPERS if name in table]
+            table = next(filter(_is_table, tables), None)
             averaged = averaged or ({"ema": table} if table else {})
             content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping)), content)
     return {**content, **averaged} if averaged and _is_table(content) else averaged or content

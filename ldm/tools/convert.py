@@ -13,6 +13,7 @@ from ldm.io.output import lasting_output
 from ldm.utils.errors import ConfigError, LdmError, WeightsError
 from ldm.weights.components import FOLDERS
 from ldm.weights.formats import Config
+from ldm.weights.formats_clip import ends_of
 from ldm.weights.load import LAYOUTS, arguments_of, check_destination, load_source, write_folder, write_original
 from ldm.weights.pipeline import (
     LATENT_SCALES,
@@ -87,22 +88,30 @@ class Job:
 
     def write_folder(self, dst: Path, tokenizer: Path | None) -> None:
         """A folder per component, and of a whole system the rest of its pipeline."""
+        vocabulary = self.vocabulary(tokenizer)
         with appearing(dst) as folder:
             for name, source in self.sources.items():
                 place = folder / name if len(self.sources) > 1 else folder
                 place.mkdir(exist_ok=True)
                 used = arguments_of(source)
                 is_all = used == arguments_of(source, whole=True)
-                write_folder(self.load(name), place, self.config(name), used=None if is_all else used)
+                config = self.config(name, vocabulary)
+                write_folder(self.load(name), place, config, used=None if is_all else used)
             if self.system:
-                beside = vocabularies(self.src)
-                vocabulary = (
-                    read_vocabulary(tokenizer, self.system) if tokenizer else read_tokenizer(beside, self.system)
-                )
                 write_pipeline(folder, self.system, self.settings, self.src, vocabulary)
 
-    def config(self, name: str) -> Config:
+    def vocabulary(self, tokenizer: Path | None) -> str | None:
+        """Of a whole system: the one given, or that of SRC."""
+        if self.system is None:
+            return None
+        if tokenizer:
+            return read_vocabulary(tokenizer, self.system)
+        return read_tokenizer(vocabularies(self.src), self.system)
+
+    def config(self, name: str, vocabulary: str | None) -> Config:
         """What config.json says beyond the network: as the source had it, or as the family's publication did."""
+        if self.sources[name].kind == "clip_text" and (ends := ends_of(arguments_of(self.sources[name]), vocabulary)):
+            return ends
         if (config := self.sources[name].config) is not None:
             return {name: config[name] for name in KEPT if name in config}
         if self.family is None or name != "vae":

@@ -1,7 +1,7 @@
 """What stands beside a single file of weights and says what no tensor tells: heads, and how the network was trained.
 
-A YAML of the authors' (`v1-inference.yaml`, sgm's `sd_xl_base.yaml`, DeepFloyd's `config.yml`), or a config.json. Of the
-name of the file itself, as A1111 has it, or config.yaml, config.yml, config.json, or the only YAML in the folder.
+A YAML of the authors' (`v1-inference.yaml`, sgm's `sd_xl_base.yaml`, DeepFloyd's `config.yml`), or a config.json; of
+the name of the file itself, as A1111 has it, or config.yaml, config.yml, config.json, or the only YAML in the folder.
 """
 
 from pathlib import Path

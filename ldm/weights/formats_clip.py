@@ -1,10 +1,12 @@
 """The arguments of CLIP's towers, as a transformers config.json, shapes in a file, or a network tell them."""
 
+import json
 import math
 
 from torch import nn
 
 from ldm.conditioning.clip import ACTIVATIONS, CLIPText, CLIPVision
+from ldm.conditioning.clip_tokenizer import EOS
 from ldm.weights.formats import MAX_REPEATS, Config, Shapes, check_fixed
 
 PROJECTED = "CLIPTextModelWithProjection"
@@ -41,7 +43,7 @@ def text_from_config(config: Config) -> Config:
         "projected": projected,
         "vocab_size": config.get("vocab_size", 49408),
         "length": config.get("max_position_embeddings", 77),
-        **_sizes(width, config.get("intermediate_size", 2048), config.get("projection_dim", 512) if projected else None),
+        **_sizes(width, config.get("intermediate_size", 2048), projected and config.get("projection_dim", 512)),
     }
 
 
@@ -54,9 +56,9 @@ def tower(config: Config, name: str) -> Config:
 
 
 def _sizes(width: int, mlp_dim: int, projection_dim: int | None) -> Config:
-    """Arguments of `CLIPText` where they are not those of published models: an MLP of 4 width, a projection of width."""
+    """Arguments of `CLIPText` that are not as published: there the MLP has 4 width, the projection, if any, width."""
     sizes = {"mlp_dim": (mlp_dim, 4 * width), "projection_dim": (projection_dim, width)}
-    return {name: size for name, (size, published) in sizes.items() if size not in (None, published)}
+    return {name: size for name, (size, published) in sizes.items() if size and size != published}
 
 
 def text_from_shapes(shapes: Shapes) -> Config:
@@ -107,17 +109,24 @@ def text_to_config(net: CLIPText) -> Config:
         "hidden_act": a["activation"],
         "vocab_size": a["vocab_size"],
         "max_position_embeddings": a["length"],
-        **_marks(a["vocab_size"]),
+        **(ends_of(a) or {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}),  # as published
         **FIXED,
     }
 
 
-def _marks(vocab_size: int) -> Config:
-    """Ids of the ends of a text, by which transformers pools: 2, which no vocabulary has there, means at the largest id
-    of a text, as published; tokens that were added to CLIP's have larger ones, so then it is told the end itself."""
-    if vocab_size <= VOCABULARY:
-        return {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
-    return {"bos_token_id": VOCABULARY - 2, "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}
+def ends_of(arguments: Config, vocabulary: str | None = None) -> Config:
+    """Ids of the ends of a text for config.json, where tokens were added after them; else nothing.
+
+    transformers pools at the first end that config.json names, and for an end of 2, as published, at the largest id of
+    a text: that of an added token. vocabulary: JSON, of another size than CLIP's own.
+    """
+    size = VOCABULARY
+    if vocabulary:
+        model = json.loads(vocabulary)["model"]["vocab"]
+        size = 1 + model[EOS] if EOS in model else size
+    if arguments["vocab_size"] <= size:
+        return {}
+    return {"bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": size - 1}
 
 
 def text_used(arguments: Config, layout: str) -> Config:

@@ -24,7 +24,7 @@ from ldm.weights.places import places_of
 from ldm.weights.sources import UNUSED, Source, check_unknown, open_source, shapes_of
 
 LAYOUTS = ("original", "diffusers")
-GUESSES = {  # kinds whose heads no tensor tells: an argument, and its values in published networks, whose heads are known
+GUESSES = {  # kinds whose heads no tensor tells: an argument, and its values in published networks, whose are known
     "unet": ("channels", (320, 384)),
     "if": ("channels", (64, 96, 160, 192, 320, 704)),
     "dit": ("width", (384, 768, 1024, 1152)),

@@ -129,8 +129,9 @@ def _check_averages(path: Path, index: Mapping[str, Stored], parts: Mapping[str,
     """WeightsError where the averaged weights that are used have other shapes than the network's own: a parent's."""
     own = find_parts(index, ema=False).parts
     for name in own.keys() & parts.keys():
-        pairs = ((key, index.get(key), index.get(own[name].names.get(their))) for their, key in parts[name].names.items())
-        if other := [key for key, used, known in pairs if used and known and used.shape != known.shape]:
+        pairs = ((key, own[name].names.get(their)) for their, key in parts[name].names.items())
+        both = [(key, index[key], index[known]) for key, known in pairs if key in index and known in index]
+        if other := [key for key, used, known in both if used.shape != known.shape]:
             sizes = f"{listing(sorted(other))} have other shapes than the network's own weights"
             raise WeightsError(f"{path}: averaged weights of another model: {sizes}; use its own, averaged=false")
 

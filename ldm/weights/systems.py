@@ -11,9 +11,9 @@ from torch import nn
 
 from ldm.io.stored import index_tensors
 from ldm.utils.errors import WeightsError
-from ldm.weights.components import row_of
-from ldm.weights.described import settings_of
-from ldm.weights.detect import looks_like
+from ldm.weights.components import class_name, row_of
+from ldm.weights.described import config_of, settings_of
+from ldm.weights.detect import class_words, looks_like
 from ldm.weights.formats import Config
 from ldm.weights.load import arguments_of, load_source
 from ldm.weights.pipeline import BETAS, read_settings, read_tokenizer, scales, vocabularies
@@ -165,6 +165,8 @@ def _words(path: Path, there: list[str]) -> str:
     if path.is_file():
         return looks_like(shapes_of(index_tensors(path)))
     if there:
-        return f"a folder of {', '.join(there)}"
+        index = path / "model_index.json"
+        name = class_words(class_name(config_of(index))) if index.is_file() else ""
+        return f"a folder of {', '.join(there)}" + (f" ({name})" if name else "")
     files = weights_in(path)
     return looks_like(shapes_of(index_tensors(files[0]))) if files else "a folder without weights"
