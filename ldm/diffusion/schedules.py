@@ -16,6 +16,7 @@ from ldm.diffusion.times import table_length
 from ldm.utils.errors import ConfigError
 
 FINITE = 4095.9998779  # sigma / alpha where a zero-terminal-SNR table has none: alpha_bar = 2 ** -24
+BELOW = 1e-6  # of an index, by which float32 misses the last one of Stable Diffusion's table: 998 is shown
 BETA = 0.6  # both parameters of the beta distribution, §4 of arXiv:2407.12173
 CHOICES = {
     "spacing": ("leading", "trailing", "linspace"),
@@ -78,7 +79,8 @@ class Schedule:
         if self.sigmas:
             ratios = self._spread(ratios if self.ends == "grid" else table.flip(0))
             indices = (process.time(ratios) * T - 1).clamp(0, T - 1)
-            indices = {"exact": indices, "round": indices.round(), "truncate": (indices + 1e-9).floor()}[self.shown]
+            below = (indices - BELOW).clamp(min=0).floor()
+            indices = {"exact": indices, "round": indices.round(), "truncate": below}[self.shown]
         if self.sigmas or not torch.equal(indices, indices.round()) or (self.finite and process.alpha_bars[-1] == 0):
             times = process.time(ratios)
         else:
