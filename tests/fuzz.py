@@ -28,7 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import torch  # noqa: E402
 
-from ldm.utils.errors import LdmError  # noqa: E402
+from ldm.utils.errors import LdmError, in_a_line  # noqa: E402
 
 SECONDS = 2.0  # of the processor
 DEADLY = 10  # seconds of the processor after which a worker that hears no signal is ended
@@ -108,7 +108,11 @@ def _work(name: str, good: Path, work: Path, seed: int, numbers: list[int], plac
     with open(log, "a", buffering=1) as findings:
         for index, number in enumerate(numbers):
             place[:8] = struct.pack("<q", index)
-            damaged(name, good, work, seed, number)
+            try:
+                damaged(name, good, work, seed, number)
+            except Exception as error:
+                findings.write(f"{number}\ttraceback\tof this harness: {in_a_line(error)}\n")
+                continue
             for kind, text in _read(FORMATS[name].read, work):
                 findings.write(f"{number}\t{kind}\t{' '.join(text.split())[:400]}\n")
     place[:8] = struct.pack("<q", len(numbers))

@@ -66,9 +66,8 @@ def networks() -> tuple[AutoencoderKL, UNet]:
     """Small ones, made once."""
     torch.manual_seed(0)
     vae = AutoencoderKL(channels=32, channel_mult=[1], num_res_blocks=1)
-    unet = UNet(
-        4, channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_levels=[0], context_dim=16, num_heads=4
-    )
+    sizes = dict(channels=32, channel_mult=[1, 2], num_res_blocks=1, depth=[1, 1, 1], head_dim=[4, 8], context_dim=16)
+    unet = UNet(4, **sizes, linear_projection=False)
     return vae.eval(), unet.eval()
 
 
@@ -93,13 +92,36 @@ def read_whole(folder: Path) -> None:
 
 # --- runs and folders -----------------------------------------------------------------------------------------------
 
+DIT = {"_target_": "ldm.models.dit.DiT", "in_channels": 3, "width": 32, "depth": 1, "num_heads": 2, "patch_size": 4}
 CONFIG = {
-    "conditioner": {}, "codec": {"_target_": "ldm.models.codec.PixelCodec"},
-    "network": {"_target_": "ldm.models.dit.DiT", "in_channels": 3, "width": 32, "depth": 1, "num_heads": 2, "patch_size": 4,
-                "sample_size": 16, "learned_variance": False},
-    "process": {"_target_": "ldm.diffusion.process.linear", "T": 10}, "prediction": {"_target_": "ldm.diffusion.prediction.Eps"},
-    "objective": {"_target_": "ldm.diffusion.objective.DiffusionObjective", "seed": 0}, "discriminator": None, "adapters": {},
+    "conditioner": {},
+    "codec": {"_target_": "ldm.models.codec.PixelCodec"},
+    "network": {**DIT, "sample_size": 16, "learned_variance": False},
+    "process": {"_target_": "ldm.diffusion.process.linear", "T": 10},
+    "prediction": {"_target_": "ldm.diffusion.prediction.Eps"},
+    "objective": {"_target_": "ldm.diffusion.objective.DiffusionObjective", "seed": 0},
+    "discriminator": None,
+    "adapters": {},
     "image_size": 16,
+}
+INDEX = {
+    "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
+    "id2label": {"0": "cat", "1": "dog"}, "force_zeros_for_empty_prompt": True,
+}  # fmt: skip
+SCHEDULER = {
+    "_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+    "num_train_timesteps": 1000, "prediction_type": "epsilon", "steps_offset": 1, "timestep_spacing": "leading",
+    "trained_betas": None, "rescale_betas_zero_snr": False, "use_karras_sigmas": True, "set_alpha_to_one": False,
+}  # fmt: skip
+SCALE = {"linear_start": 0.00085, "timesteps": 1000, "first_stage_key": "jpg", "channel_mult": [1, 2, 4, 4]}
+YAML = {"model": {"base_learning_rate": 1e-4, "target": "x.Y", "params": SCALE}, "name": "x", "when": "today"}
+PEFT = {
+    "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["to_q"], "alpha_pattern": {}, "rank_pattern": {},
+    "use_rslora": False,
+}  # fmt: skip
+SUMMARY = {
+    "step": 3, "metrics": {"fid": 1.0}, "wall_seconds": 2.0, "images_per_second": 3.0, "parameters": {"network": 10},
+    "peak_memory_bytes": 10, "versions": {"torch": "2"}, "git_revision": "x",
 }  # fmt: skip
 
 
@@ -140,18 +162,8 @@ def make_model(folder: Path) -> None:
 
 def make_scheduler(folder: Path) -> None:
     (folder / "scheduler").mkdir()
-    write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
-                                             "id2label": {"0": "cat", "1": "dog"}, "force_zeros_for_empty_prompt": True})  # fmt: skip
-    write_json(folder / "scheduler/scheduler_config.json", {
-        "_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-        "num_train_timesteps": 1000, "prediction_type": "epsilon", "steps_offset": 1, "timestep_spacing": "leading",
-        "trained_betas": None, "rescale_betas_zero_snr": False, "use_karras_sigmas": True, "set_alpha_to_one": False,
-    })  # fmt: skip
-
-
-YAML = {"model": {"base_learning_rate": 1e-4, "target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {
-    "linear_start": 0.00085, "timesteps": 1000, "first_stage_key": "jpg", "scale_factor": 0.18215, "channel_mult": [1, 2, 4, 4]}},
-    "name": "x", "when": "today"}  # fmt: skip
+    write_json(folder / "model_index.json", INDEX)
+    write_json(folder / "scheduler/scheduler_config.json", SCHEDULER)
 
 
 # --- vocabularies ---------------------------------------------------------------------------------------------------
@@ -297,10 +309,9 @@ def read_lora_file(folder: Path) -> None:
 
 def make_peft(folder: Path) -> None:
     stem = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    write_tensors(folder / "adapter_model.safetensors", {f"{stem}.lora_A.weight": torch.ones(2, 32),
-                                                         f"{stem}.lora_B.weight": torch.ones(32, 2)})  # fmt: skip
-    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["to_q"],
-                                                "alpha_pattern": {}, "rank_pattern": {}, "use_rslora": False})  # fmt: skip
+    down, up = torch.ones(2, 32), torch.ones(32, 2)
+    write_tensors(folder / "adapter_model.safetensors", {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up})
+    write_json(folder / "adapter_config.json", PEFT)
 
 
 def read_peft(folder: Path) -> None:
@@ -324,12 +335,9 @@ def make_report(folder: Path) -> None:
         (folder / name).mkdir()
         lines = [{"step": step, "loss": 1 / step, "lr": lr, "images_per_second": 3.0} for step in (1, 2, 3)]
         (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        write_json(folder / name / "summary.json", {
-            "step": 3, "metrics": {"fid": lr}, "wall_seconds": 2.0, "images_per_second": 3.0, "parameters": {"network": 10},
-            "peak_memory_bytes": 10, "versions": {"torch": "2"}, "git_revision": "x"})  # fmt: skip
-        (folder / name / "config.yaml").write_text(
-            json.dumps({"seed": 0, "optimizer": {"lr": lr}, "claims": None, "sampler": {}})
-        )
+        write_json(folder / name / "summary.json", SUMMARY)
+        config = {"seed": 0, "optimizer": {"lr": lr}, "claims": None, "sampler": {}}
+        (folder / name / "config.yaml").write_text(json.dumps(config))
 
 
 def spoil_report(folder: Path, rng: random.Random) -> None:
