@@ -42,7 +42,8 @@ def check_conditions(data: Any, conditioner: Mapping[str, Any], stored: Mapping[
 
     loose: published weights name classes in their own words; as many folders, in order, are taken for them.
     """
-    fields = {locate(node.get("_target_"), "conditioner.encoders").field for node in conditioner.get("encoders", {}).values()}
+    readers = conditioner.get("encoders", {}).values()
+    fields = {locate(node.get("_target_"), "conditioner.encoders").field for node in readers}
     known = facts(data, torch.tensor([0])) if fields & ASKED.keys() else {}
     for field in sorted(fields & ASKED.keys() - known.keys()):
         where = f"{data.folder.path}: {len(data):,} pictures" if isinstance(data, ImageFolder) else "the data"
