@@ -107,6 +107,27 @@ def test_rows_are_there_once_counted(tmp_path):
     assert torch.equal(Table(tmp_path / "t").column("b"), torch.tensor([0, 1, 2, 3, 4, 2, 3]))
 
 
+def test_rows_are_on_disk_before_they_are_counted(tmp_path, monkeypatch):
+    flushed, counted = set(), []
+
+    def fsync(descriptor, original=os.fsync):
+        flushed.add((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+        original(descriptor)
+
+    def replace(source, target, original=os.replace):
+        files = [path.stat() for path in sorted(tmp_path.glob("*.bin"))]
+        counted.append({(file.st_ino, file.st_size) for file in files} <= flushed)
+        original(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    table = Table(tmp_path)
+    for count in (3, 5):
+        table.append({"a": torch.randn(count, 2), "b": torch.arange(count)})
+        table.commit()
+    assert counted == [True, True]
+
+
 @pytest.mark.parametrize(
     "rows, words",
     [

@@ -19,7 +19,7 @@ import toy
 
 from ldm.io import checkpoints
 from ldm.io.checkpoints import commit, latest, point_last, prune, step_directory, verify
-from ldm.io.files import say_once
+from ldm.io.files import replacing, say_once
 from ldm.io.tensors import read_tensors
 from ldm.training.checkpoint import find, load_config, load_files, load_weights
 from ldm.training.run import RunDirectory
@@ -145,6 +145,13 @@ def test_a_bad_manifest_is_one_line(manifest, tmp_path):
     assert "\n" not in str(error.value) and str(directory) in str(error.value)
 
 
+def test_a_checkpoint_of_another_step_is_not_taken_for_this_one(tmp_path):
+    make(tmp_path, 1).rename(step_directory(tmp_path, 2))
+    with pytest.raises(CheckpointError, match="its manifest is of step 1"):
+        verify(step_directory(tmp_path, 2))
+    assert latest(tmp_path)[0] is None
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/b"])
 def test_a_manifest_cannot_point_outside(name, tmp_path):
     directory = make(tmp_path, 1)
@@ -173,6 +180,47 @@ def test_every_flipped_bit_and_every_cut_is_found(run):
         assert latest(run / "checkpoints")[0] == older
         path.write_bytes(whole)
     assert latest(run / "checkpoints") == (newest, [])
+
+
+# --- power cuts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(monkeypatch) -> list[tuple]:
+    """What reaches the disk, in order: ("flushed", inode, size) and ("renamed", inode, size, inode of the folder)."""
+    calls = []
+
+    def fsync(descriptor, original=os.fsync):
+        status = os.fstat(descriptor)
+        calls.append(("flushed", status.st_ino, None if stat.S_ISDIR(status.st_mode) else status.st_size))
+        original(descriptor)
+
+    def rename(source, target, original=os.rename):
+        status = os.stat(source)
+        calls.append(("renamed", status.st_ino, status.st_size, os.stat(Path(target).parent).st_ino))
+        original(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "replace", rename)
+    return calls
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, disk):
+    with replacing(tmp_path / "file") as file:
+        file.write(bytes(1000))
+    inode, folder = (tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino
+    assert disk == [("flushed", inode, 1000), ("renamed", inode, 1000, folder), ("flushed", folder, None)]
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name_and_its_name_is_too(tmp_path, disk):
+    directory = make(tmp_path / "checkpoints", 1)
+    inode, parent = directory.stat().st_ino, directory.parent.stat().st_ino
+    named = next(i for i, call in enumerate(disk) if call[:2] == ("renamed", inode))
+    for path in directory.iterdir():
+        assert ("flushed", path.stat().st_ino, path.stat().st_size) in disk[:named], path.name
+    assert ("flushed", inode, None) in disk[:named]
+    assert ("flushed", parent, None) in disk[named:]
 
 
 # --- disk full ------------------------------------------------------------------------------------------------------
@@ -226,6 +274,43 @@ def test_a_run_directory_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         toy.train(tmp_path / "file" / "run")
+
+
+# --- what killed programs leave -------------------------------------------------------------------------------------
+
+
+def test_temporaries_of_killed_programs_go_at_the_next_start(tmp_path, monkeypatch):
+    def killed(path):
+        with replacing(path) as file:
+            file.write(b"half")
+            file.flush()
+            os._exit(9)
+
+    run = tmp_path / "run"
+    (run / "samples").mkdir(parents=True)
+    for name in ("config.yaml", "summary.json", "samples/step_00000003.png"):
+        assert toy.wait(toy.forked(killed, run / name)) == 9
+    mine, living = (run / f".tmp-{process}-config.yaml" for process in (os.getpid(), os.getppid()))
+    old, foreign = run / f".tmp-{os.getppid()}-summary.json", run / ".tmp-notes.txt"
+    for path in (mine, living, old, foreign):
+        path.touch()
+    os.utime(old, (0, 0))
+    (run / f".tmp-{2**40}-adapter").mkdir()  # no process has such a number
+    assert len(list(run.rglob(".tmp-*"))) == 8
+    toy.train(run)
+    assert set(run.rglob(".tmp-*")) == {living, foreign}
+
+
+def test_a_run_in_use_is_not_swept(tmp_path):
+    with RunDirectory(tmp_path).lock():
+        (tmp_path / f".tmp-{2**40}-config.yaml").touch()
+
+        def second():
+            with pytest.raises(ConfigError, match="is being written by"):
+                toy.train(tmp_path)
+
+        assert toy.wait(toy.forked(second)) == 0
+    assert len(list(tmp_path.glob(".tmp-*"))) == 1
 
 
 # --- file systems that lack something -------------------------------------------------------------------------------

@@ -243,6 +243,13 @@ def test_batches_have_the_promised_fields():
     assert batch["caption"] == [str(n) for n in batch["label"].tolist()]
 
 
+@pytest.mark.parametrize("start", [0, 30])
+def test_no_two_images_of_a_run_share_a_position(start):
+    """Noise, times and dropout are keyed by it: a position that came again would bring the same noise again."""
+    positions = torch.cat([batch["position"] for batch in first(30, Numbers(10), 4, start_step=start)])
+    assert positions.tolist() == list(range(start * 4, (start + 30) * 4))
+
+
 def test_the_order_does_not_depend_on_torch_s_generator():
     torch.manual_seed(1)
     before, one = torch.get_rng_state(), first(3, Numbers(10), 4, flip=True, workers=1)
@@ -301,7 +308,7 @@ class Preempted(Numbers):
     def __getitem__(self, index: int) -> dict:
         if index == 3 and not self.signalled:
             self.signalled = True
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
                 os.kill(os.getpid(), number)
         return super().__getitem__(index)
 

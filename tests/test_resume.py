@@ -1,6 +1,7 @@
 """A run that is stopped in any way, at any moment, and started again ends with the bits of an uninterrupted one."""
 
 import builtins
+import functools
 import itertools
 import json
 import os
@@ -72,6 +73,16 @@ def oracle(tmp_path_factory) -> str:
 def test_resume_is_bit_exact(variant, tmp_path):
     toy.train(tmp_path / "whole", **VARIANTS[variant])
     assert interrupted_run(tmp_path / "parts", **VARIANTS[variant]) == toy.digest(tmp_path / "whole")
+
+
+def test_a_loss_scale_that_grows_is_resumed_exactly(tmp_path, monkeypatch):
+    """Every fourth step in a row: what counts them is state too."""
+    growing = functools.partial(torch.amp.GradScaler, init_scale=256.0, growth_interval=4)
+    monkeypatch.setattr(torch.amp, "GradScaler", growing)
+    toy.train(tmp_path / "whole", precision="fp16")
+    state = json.loads((tmp_path / "whole/checkpoints/last/state.json").read_text())
+    assert state["scaler"]["scale"] == 2048.0
+    assert interrupted_run(tmp_path / "parts", precision="fp16") == toy.digest(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", SIGNALS)

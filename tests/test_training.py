@@ -11,13 +11,15 @@ import torch
 import toy
 from torch import nn
 
+from ldm.io.tensors import read_tensors
 from ldm.training.ema import EMA
 from ldm.training.logging import Isolated, MetricsLog
-from ldm.training.loop import Hooks, Trainer, fit, gradients, prepare
+from ldm.training.loop import Hooks, Trainer, fit, gradients, micro_batch, prepare
 from ldm.training.optim import adamw, clip_and_step, constant, cosine, set_lr
 from ldm.training.run import RunDirectory
 from ldm.training.signals import Interrupted
 from ldm.utils.errors import ConfigError, DataError, LdmError, NonFiniteError
+from ldm.utils.seeding import key
 
 CPU = torch.device("cpu")
 OFF = torch.amp.GradScaler("cpu", enabled=False)
@@ -235,6 +237,35 @@ def test_a_few_bad_steps_are_skipped(tmp_path, capsys):
 def test_a_run_of_nothing_but_bad_steps_fails(tmp_path):
     with pytest.raises(NonFiniteError, match="no checkpoint had been written"):
         toy.train(tmp_path, source=poisoned(range(99)), steps=2)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_fit_is_the_plain_loop(accumulate, tmp_path):
+    """Data, learning rate, dropout, clipping and average of every step, written out."""
+    steps, batch_size = 6, toy.BATCH
+    toy.train(tmp_path, steps=steps, log_every=1, accumulate=accumulate, clip_norm=0.5)
+    module = toy.Toy()
+    prepare(module, module.net, Trainer(steps=steps, batch_size=batch_size), CPU)
+    weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    average = {name: p.detach().clone() for name, p in weights.items()}
+    optimizer, rates = adamw(module, lr=1e-2, fused=False), []
+    for step in range(1, steps + 1):
+        rates.append(set_lr(optimizer, 0.5 * (1 + math.cos(math.pi * step / steps))))
+        torch.manual_seed(key(0, "model", step, 0))
+        optimizer.zero_grad()
+        batch = toy.batch_of(step - 1)
+        for i in range(accumulate):
+            (module(micro_batch(batch, i, accumulate, CPU))[0] / accumulate).backward()
+        nn.utils.clip_grad_norm_(weights.values(), 0.5)
+        optimizer.step()
+        if step % 2 == 0:  # toy.train: decay 0.9, every 2 steps
+            d = min(0.9, (1 + step) / (10 + step)) ** 2
+            average = {name: d * average[name] + (1 - d) * p.detach() for name, p in weights.items()}
+    assert [record["lr"] for record in records(tmp_path)] == pytest.approx(rates)
+    for file, expected in {"model": weights, "ema": average}.items():
+        stored = read_tensors(tmp_path / f"checkpoints/last/{file}.safetensors")
+        for name, tensor in expected.items():
+            torch.testing.assert_close(stored[name], tensor.detach(), rtol=1e-4, atol=1e-6)
 
 
 # --- things around the loop -----------------------------------------------------------------------------------------

@@ -225,6 +225,6 @@ def _from_workers(source: Source, numbers: Iterable[int], workers: int) -> Itera
 
 def _shield(worker: int) -> None:
     """Signals meant for the trainer reach its whole process group; workers stay until the trainer has saved."""
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # a second one kills
