@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import ldm
 import sample
 import train
+from ldm.build import compose
 from ldm.io.images import read_image, read_png_text
 from ldm.io.tensors import read_tensors
 from ldm.tools import report
+from ldm.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -104,6 +107,95 @@ def test_sample_writes_pictures_that_say_how_they_were_made(run, tmp_path):
     assert (text["prompt"], text["seed"]) == ("a blue square", "1")
     assert settings["steps"] == 3 and settings["guidance"]["scale"] == 4
     assert read_image(out / "grid.png").shape[1] > read_image(out / records[0]["file"]).shape[1] == 32
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_pictures_have_a_folder_of_their_own_and_replace_only_their_own(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("\ufeffa red circle\n\n a blue, small square \n", encoding="utf-8")
+    words = [f"run={run}", "steps=1"]
+    for _ in range(2):
+        command(sample, *words, "prompts=@prompts.txt")
+    first, second = (tmp_path / "samples").iterdir()
+    assert names(first) == names(second) == ["0000.png", "0001.png", "grid.png", "samples.json"]
+    assert [r["prompt"] for r in json.loads((first / "samples.json").read_text())] == [
+        "a red circle", "a blue, small square"
+    ]  # fmt: skip
+    (first / "notes.txt").write_text("mine")
+    command(sample, *words, "prompts=a red circle", f"out={first}")
+    assert names(first) == ["0000.png", "grid.png", "notes.txt", "samples.json"]
+    shutil.copy(first / "0000.png", first / "0001.png")
+    code, line = refused(sample, capsys, *words, "prompts=[a, b]", f"out={first}")
+    assert code == 2 and "0001.png that was not drawn by sample.py" in line
+    code, line = refused(sample, capsys, *words, "prompts=@nowhere.txt")
+    assert code == 3 and "nowhere.txt: no such file" in line
+    assert len(list((tmp_path / "samples").iterdir())) == 2, "a command that failed leaves no empty folder"
+
+
+def test_a_sweep_over_all_options_leaves_out_what_does_not_fit(run, tmp_path, capsys):
+    words = ["-m", f"run={run}", "prompts=[a red circle]", "steps=1"]
+    command(sample, *words, "sampler=glob(ddpm*)", f"out={tmp_path / 'a'}")
+    printed = capsys.readouterr()
+    assert "sampler=ddpm_learned" in printed.err and "left out: a learned variance" in printed.err
+    assert f"{tmp_path / 'a'}; if stopped, to continue: " in printed.out
+    assert len(list((tmp_path / "a").glob("*/grid.png"))) == 2
+    code, line = refused(sample, capsys, *words, "sampler=glob(ddpm_l*)", f"out={tmp_path / 'b'}")
+    assert code == 2 and "left out" not in line, "nothing fitted"
+    code, line = refused(sample, capsys, *words, "sampler=ddpm_learned,ddim", f"out={tmp_path / 'c'}")
+    assert code == 2 and "a learned variance" in line, "what was named must be done"
+
+
+def test_the_command_that_continues_is_printed(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command(train, "debug=smoke", f"codec.run={run / 'autoencoder'}", "metrics=none", "preview=none", "trainer.steps=1")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "to continue: " in line)
+    words = line.partition("to continue: ")[2].split()
+    assert words[1:3] == ["train.py", "debug=smoke"] and words[-1].startswith("hydra.run.dir=runs/shapes/")
+    command(train, *words[2:])
+    assert len(list((tmp_path / "runs" / "shapes").iterdir())) == 1
+
+
+def test_numbers_of_no_images_are_refused(run, tmp_path, capsys):
+    words = [f"run={run}", "metrics=shapes", "steps=1", f"out={tmp_path / 'o'}"]
+    for setting in ("num_images=0", "num_images=-1", "num_images=x", "metrics.shapes.num_prompts=0"):
+        code, line = refused(sample, capsys, *words, setting)
+        assert code == 2 and setting.rpartition(".")[2].partition("=")[0] in line and line.startswith("error: ")
+
+
+def test_previews_and_sample_draw_alike_by_default():
+    trained, drawn = compose("train"), compose("sample")
+    for name in ("sampler", "times", "guidance", "threshold", "steps"):
+        assert trained[name] == drawn[name], name
+
+
+def test_python_takes_what_the_command_line_takes(run, tmp_path):
+    loaded = ldm.load_run(run)
+    assert "load_run" in dir(ldm) and "step 4" in repr(loaded) and "run.generate('a red circle'" in repr(loaded)
+    (picture,) = loaded.generate("a red circle", seeds=0, steps=2)
+    assert picture.tobytes() == loaded.generate(["a red circle"], seeds=[0], steps=2)[0].tobytes()
+
+    def euler(denoise, process, x, times):
+        for t, s in zip(times.tolist(), times.tolist()[1:], strict=False):
+            (alpha, sigma), (alpha_s, sigma_s), x0 = process(t), process(s), denoise(x, t)
+            x = alpha_s * x0 + sigma_s / sigma * (x - alpha * x0)
+        return x
+
+    own = loaded.generate("a red circle", steps=2, sampler=euler)[0]
+    assert max(abs(a - b) for a, b in zip(own.tobytes(), picture.tobytes(), strict=True)) <= 1
+    picture.save(tmp_path / "a.png")
+    command(sample, f"run={run}", "prompts=a ring", "steps=4", f"image={tmp_path / 'a.png'}", f"out={tmp_path / 'o'}")
+    for source in (picture, tmp_path / "a.png", str(tmp_path / "a.png"), read_image(tmp_path / "a.png")):
+        (changed,) = loaded.generate("a ring", steps=4, image=source, progress=False)
+        assert changed.tobytes() == read_image(tmp_path / "o" / "0000.png").permute(1, 2, 0).numpy().tobytes()
+    mask = Image.new("L", (32, 32))
+    kept = loaded.generate("a ring", steps=4, image=picture, mask=mask)[0]
+    assert kept.tobytes() == loaded.generate("a ring", steps=4, image=picture, strength=0)[0].tobytes()
+    for wrong, says in {"imagesize": "'image_size'", "hint": "objective=control", "sampler": "sampler=3"}.items():
+        with pytest.raises(ConfigError, match=says):
+            loaded.generate("a", **{wrong: 3})
 
 
 def test_an_image_of_a_batch_is_the_image_drawn_alone(run):
@@ -223,8 +315,6 @@ def test_what_only_training_needs_may_be_gone(run, tmp_path):
 
 
 def test_python_errors_are_ours_too(run):
-    from ldm.utils.errors import ConfigError
-
     with pytest.raises(ConfigError, match="there is no sampler=nope"):
         ldm.load_run(run).generate(["a red circle"], sampler="nope")
 

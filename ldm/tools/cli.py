@@ -88,7 +88,8 @@ class Command:
     def say(self, path: Path, settings: DictConfig) -> None:
         """Print where the results go and the command that continues, where there is a directory of its own."""
         several = settings.mode == RunMode.MULTIRUN
-        if path == Path.cwd() or self.again or os.environ.get("RANK", "0") != "0":
+        is_first = os.environ.get("RANK", "0") == "0" and not (several and settings.job.num)
+        if path == Path.cwd() or not is_first:
             return
         place = f"hydra.{'sweep' if several else 'run'}.dir={_short(path.parent if several else path)}"
         words = [word for word in self.words if word.partition("=")[0] != place.partition("=")[0]]
