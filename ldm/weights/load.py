@@ -15,7 +15,7 @@ from ldm.io.text import write_json
 from ldm.utils.errors import ConfigError, LdmError, WeightsError
 from ldm.weights.components import COMPONENTS, row_of
 from ldm.weights.described import YML
-from ldm.weights.detect import looks_like
+from ldm.weights.detect import looks_like, stranger
 from ldm.weights.formats import Config, check_bounds
 from ldm.weights.formats_clip import text_used
 from ldm.weights.ledger import Lazy, Mismatch, listing, say
@@ -127,6 +127,8 @@ def _build(source: Source, whole: bool, formula: str | None) -> nn.Module:
 
 
 def _undescribed(source: Source, error: Exception) -> WeightsError:
+    if words := stranger(source.stored):
+        return WeightsError(f"{source.path}: {words}, which nothing here reads")
     what = looks_like(shapes_of(source.stored)) if source.config is None else "its config.json"
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
     return WeightsError(f"{source.path}: {what} describes no {source.component} ({reason})")

@@ -141,8 +141,9 @@ def check_unknown(path: Path, unknown: list[str], stored: Mapping[str, Stored], 
 
     What makes another network of the others cannot be left out: scales of quantised weights, say.
     """
-    if strict or stranger(unknown):
-        advice = "" if stranger(unknown) else f"; {LENIENT}"
+    is_other = stranger([*stored, *unknown]) is not None
+    if strict or is_other:
+        advice = "" if is_other else f"; {LENIENT}"
         raise WeightsError(f"{path}: {looks_like(shapes_of(stored))}; of no known part: {listing(unknown)}{advice}")
     say(f"{path}: tensors of no known part, left out: {listing(unknown)}")
 

@@ -75,9 +75,7 @@ def load_system(
     return System(path, system, networks, nodes, tokenizer, settings)
 
 
-def identify(
-    path: str | os.PathLike, parts: Parts = NONE, *, has_texts: bool = False, strict: bool = True
-) -> str:
+def identify(path: str | os.PathLike, parts: Parts = NONE, *, has_texts: bool = False, strict: bool = True) -> str:
     """The name of the system at a path, from names and shapes alone. Raises WeightsError for anything else.
 
     SD 2 in a single file that does not say what it predicts is taken for its larger model, which predicts v; SiT, whose

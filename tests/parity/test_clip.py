@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 from ldm.conditioning.clip import CLIPText, CLIPTextEncoder, CLIPVision
 from ldm.conditioning.clip_image import CLIPImageEncoder, preprocess
 from ldm.conditioning.clip_tokenizer import CLIPTokenizer, read_clip_tokenizer
+from ldm.io.tensors import write_tensors
 from ldm.weights.clip import from_open_clip, from_transformers, to_open_clip, to_transformers
 from tests.test_clip import published_vocabulary, toy_vocabulary
 
@@ -132,6 +134,40 @@ def test_vision_equals_transformers(config, seed, scale):
     published = to_transformers(ours.state_dict())
     assert published.keys() == theirs.state_dict().keys()
     assert all(torch.equal(published[key], value) for key, value in theirs.state_dict().items())
+
+
+def pil_processor(size):
+    """The one with which published pipelines saw pictures: transformers 5 has it beside one of torchvision's."""
+    try:
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as Processor
+    except ImportError:
+        Processor = transformers.CLIPImageProcessor
+    return Processor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+@pytest.mark.parametrize("size", [28, 224, 336])
+def test_pictures_are_prepared_as_there(size):
+    generator, judge = torch.Generator().manual_seed(size), pil_processor(size)
+    for sides in ((size, size), (300, 200), (37, 91), (427, 640), (1024, 77), (size + 1, size), (5, 7), (1, 1)):
+        image = torch.randint(0, 256, (3, *sides), generator=generator, dtype=torch.uint8)
+        theirs = judge(Image.fromarray(image.permute(1, 2, 0).numpy()), return_tensors="pt")["pixel_values"][0]
+        assert (preprocess(image, size) - theirs).abs().max() <= 1e-6
+
+
+@torch.no_grad()
+def test_pooled_at_the_end_where_tokens_were_added(tokenizer, tmp_path):
+    """transformers pools where our config.json says; at 2, as published, it would take the added token for the end."""
+    from ldm.tools.convert import convert
+    from tests.test_systems_weights import networks, original, save_vocabulary
+
+    nets = networks("sd15") | {"clip_l": CLIPText(64, 2, 1, "quick_gelu", vocab_size=VOCAB + 2)}
+    write_tensors(tmp_path / "a.safetensors", original("sd15", nets))
+    convert(tmp_path / "a.safetensors", tmp_path / "b", "diffusers", tokenizer=save_vocabulary(tmp_path / "v"))
+    theirs = transformers.CLIPTextModel.from_pretrained(tmp_path / "b/text_encoder").eval()
+    ids = tokenizer.encode(["a red cat"])[:, 0]
+    ids[0, 2] = VOCAB + 1
+    encoder = CLIPTextEncoder(nets["clip_l"].eval(), tokenizer, pooled=True)
+    assert error(encoder.encode(ids[:, None])["pooled"], theirs(ids).pooler_output) <= 2e-5
 
 
 @pytest.mark.parametrize("projected", [False, True])
