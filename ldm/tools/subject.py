@@ -1,6 +1,7 @@
 """What `sample.py` draws from: a run of ours, or published weights, each with its own way of being drawn from."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ldm.build import compose
@@ -28,6 +29,10 @@ DIFFUSERS = {  # what its pipelines draw with where nothing is said, by system o
     "if_ii_l": ["guidance.scale=4", "aug_level=0.25"],
     "if_iii_l": ["guidance.scale=4", "aug_level=0.25"],
 }
+OTHER_PROCESS = {
+    "edm": ["sampler=dpm_solver", "times=karras", "guidance.scale=3"],  # as Playground 2.5 is drawn
+    "flow": ["sampler=euler", "times=linspace", "guidance.scale=5"],
+}
 THEIRS = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 ADAPTERS = ("lora", "controlnet", "t2i_adapter", "composition", "every")
 OF_WEIGHTS = ("kind", "embeddings", "tokenizer", "dtype", "variant", "refiner", "prompt_weights")  # no run has them
@@ -43,7 +48,10 @@ def as_published(cfg: dict, given: Sequence[str]) -> dict:
     name = system_of(cfg["weights"], cfg["kind"], parts_of(cfg))
     chosen = {override.partition("=")[0].lstrip("+~") for override in given}
     theirs = [line for line in compose("train", [f"system={name}"])["sampling"] if not _is_replaced(line, chosen)]
-    if "dialect=diffusers" in given and not name.startswith("sit"):  # which no pipeline of its draws
+    process = read_settings(Path(cfg["weights"])).get("process") if Path(cfg["weights"]).is_dir() else None
+    if process:  # no table: the grids of the authors' programs are of none
+        theirs = [line for line in OTHER_PROCESS[process] if not _is_replaced(line, chosen)]
+    elif "dialect=diffusers" in given and not name.startswith("sit"):  # which no pipeline of its draws
         theirs, given = as_diffusers(cfg, name, given)
     return {**compose("sample", [*theirs, *given]), "kind": name}
 
@@ -137,11 +145,20 @@ def _published(
         parts=parts,
         formula=cfg["formula"] if weights == cfg["weights"] else None,
         texts=texts,
-        options=Options(**cfg["published"]),
+        options=options_of(cfg, is_refiner=system == "sdxl_refiner"),
     )
     if cfg["prompt_weights"]:
         weigh(run, cfg["prompt_weights"])
     return run
+
+
+def options_of(cfg: dict, is_refiner: bool) -> Options:
+    """What is said of the weights, or of a refiner beside them: each has its own prediction, layers and texts."""
+    options = Options(**cfg["published"])
+    scores = {"aesthetic_score": None, "negative_aesthetic_score": None}
+    if is_refiner and cfg["kind"] != "sdxl_refiner":
+        return replace(options, prediction=None, clip_skip=None, prompt_2=None, negative_2=None)
+    return replace(options, **scores) if cfg["refiner"] else options
 
 
 def weigh(run: Run, emphasis: str) -> None:
