@@ -40,7 +40,7 @@ def tell_clip_skip(encoders: Sequence[CLIPTextEncoder], system: str, clip_skip: 
     """1 is the last layer of the published CLIP. What a system reads by itself: 1 in SD 1.x, 2 in SD 2.x and SDXL,
     of which SD 2.x has no last one in its files."""
     if not encoders:
-        raise ConfigError(f"published.clip_skip={clip_skip} is for CLIP, which {system} does not read with; leave it out")
+        raise ConfigError(f"published.clip_skip={clip_skip} is for CLIP, which {system} does not read; leave it out")
     for encoder in encoders:
         usual = 1 if system.startswith("sd15") else 2
         lowest, highest = usual - encoder.skip, usual - encoder.skip + len(encoder.network.blocks)

@@ -29,6 +29,7 @@ DIFFUSERS = {  # what its pipelines draw with where nothing is said, by system o
     "if_ii_l": ["guidance.scale=4", "aug_level=0.25"],
     "if_iii_l": ["guidance.scale=4", "aug_level=0.25"],
 }
+OF_GRID = ("times", "sampler.even_steps", "sampler.combines", "dialect.start")
 OTHER_PROCESS = {
     "edm": ["sampler=dpm_solver", "times=karras", "guidance.scale=3"],  # as Playground 2.5 is drawn
     "flow": ["sampler=euler", "times=linspace", "guidance.scale=5"],
@@ -71,10 +72,11 @@ def as_diffusers(cfg: dict, system: str, given: Sequence[str]) -> tuple[list[str
     if cfg["published"]["prediction"]:
         config = config | {"prediction_type": THEIRS[cfg["published"]["prediction"]]}
     sampler, times = groups.get("sampler"), groups.get("times")
-    if sampler in (None, *OF_SAMPLERS) and times in (None, *GRIDS):
-        lines = drawn_by(config, str(path), sampler, times)
-    else:
-        lines = []
+    lines = []
+    if sampler in (None, *OF_SAMPLERS):
+        lines = drawn_by(config, str(path), sampler, times if times in GRIDS else None)
+    if times not in (None, *GRIDS):  # a grid of which diffusers knows nothing
+        lines = ["sampler=plms" if line == "sampler=pndm" else line for line in lines if not line.startswith(OF_GRID)]
     expressed = {"sampler"} if "sampler=pndm" in lines else set()
     expressed |= {"times"} if "times=schedule" in lines else set()
     kept = [line for line in given if line.partition("=")[0] not in expressed]
@@ -103,6 +105,8 @@ def load_subject(cfg: dict, texts: KnownTexts | None = None) -> tuple[Run, Refin
     if cfg["refiner"] and not (cfg["kind"] or "").startswith("sdxl"):
         drawn = cfg["kind"] or "a run"
         raise ConfigError(f"refiner={cfg['refiner']} finishes what SDXL begins, not {drawn}; leave it out")
+    if cfg["published"]["negative_2"] is not None and cfg["negative"] is None:
+        raise ConfigError(f"published.negative_2={cfg['published']['negative_2']} stands beside negative=; give both")
     if cfg["prompt_weights"] not in (None, *EMPHASIS):
         raise ConfigError(f"prompt_weights={cfg['prompt_weights']}: expected null or one of {', '.join(EMPHASIS)}")
     if cfg["run"]:
@@ -127,6 +131,9 @@ def attach(run: Run, cfg: dict) -> None:
     given = {name: cfg[name] for name in ADAPTERS}
     if not given["lora"] and given["composition"] != "merge":
         raise ConfigError(f"composition={given['composition']} is of LoRAs, and lora is not set; give lora=FILE")
+    hints = given["controlnet"] if isinstance(given["controlnet"], list) else [given["controlnet"]]
+    decay = {"decay": cfg["dialect"]["guess_decay"]}
+    given["controlnet"] = [decay | hint if isinstance(hint, dict) else hint for hint in hints if hint]
     if any(given[name] for name in ("lora", "controlnet", "t2i_adapter")):
         print("\n".join(run.attach(**given)), flush=True)
 
