@@ -18,13 +18,15 @@ from ldm.conditioning.conditioner import Conditioner
 from ldm.conditioning.stored import KnownTexts
 from ldm.generate import Run
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.told import tell
 from ldm.utils.devices import pick_device
 from ldm.utils.errors import ConfigError, WeightsError
 from ldm.weights.expand import expand_input
 from ldm.weights.load import load_model
-from ldm.weights.pipeline import read_tokenizer, vocabularies
+from ldm.weights.pipeline import PREDICTIONS, read_tokenizer, vocabularies
 from ldm.weights.systems import NONE, Parts, System, identify, load_system, node_of
 
+SCHEDULES = {"linear": "ddpm_linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "ddpm_cosine"}
 PARTS = ("vae", "text_encoder", "text_encoder_2")  # of a config, beside `weights`
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,6 +38,16 @@ class Options:
     prediction: str | None = None  # eps, v, x0
     clip_skip: int | None = None  # 1: CLIP's last layer, 2: the last but one, as A1111 counts
     strict: bool = True  # refuse tensors of no known part
+    prompt_2: str | None = None  # of SDXL: what its second text encoder reads instead of the prompt
+    negative_2: str | None = None
+    original_size: Sequence[int] | None = None  # of SDXL: height and width that the picture is said to have had
+    crop: Sequence[int] | None = None  # top and left
+    target_size: Sequence[int] | None = None
+    negative_original_size: Sequence[int] | None = None
+    negative_crop: Sequence[int] | None = None
+    negative_target_size: Sequence[int] | None = None
+    aesthetic_score: float | None = None  # of SDXL's refiner
+    negative_aesthetic_score: float | None = None
 
 
 UNSAID = Options()
@@ -68,7 +80,11 @@ def load_published(
     name, device = system_of(weights, system, parts, options), pick_device(str(device))
     found = load_system(Path(weights), DTYPES[dtype], device, name=name, variant=variant, ema=ema, parts=parts,
                         formula=formula, has_texts=texts is not None, strict=options.strict)  # fmt: skip
-    cfg = compose("train", [f"system={name}", *overrides(found.settings)])
+    say_prediction(found, options.prediction)
+    try:
+        cfg = compose("train", [f"system={name}", *overrides(found.settings)])
+    except WeightsError as error:
+        raise WeightsError(f"{found.path}: {error}") from error
     if texts is not None:
         check_texts(texts, cfg["conditioner"], found)
         cfg["conditioner"] = without_texts(cfg["conditioner"])
@@ -86,6 +102,7 @@ def load_published(
     for encoder in conditioner.encoders.values():
         if isinstance(encoder, CLIPTextEncoder):
             encoder.chunks = None  # long prompts continue, where training would cut them
+    tell(conditioner, name, options)
     return Run(objective.to(device), cfg, step=0)
 
 
@@ -180,10 +197,45 @@ def parts_of(cfg: dict) -> dict[str, str]:
 
 def overrides(settings: dict) -> list[str]:
     """What the files say of the process, as a command line would."""
-    process = {"T": "num_train_timesteps", "beta_start": "beta_start", "beta_end": "beta_end"}
+    if "process" in settings:
+        return other_process(settings)
     chosen = [f"prediction={settings['prediction']}"] if "prediction" in settings else []
-    chosen += ["process=zero_snr"] if settings.get("zero_terminal_snr") else []
-    return chosen + [f"process.{knob}={settings[name]}" for knob, name in process.items() if name in settings]
+    schedule, knobs = settings.get("beta_schedule"), {"T": "num_train_timesteps"}
+    if "trained_betas" in settings:
+        chosen, knobs = [*chosen, "process=custom_betas"], {"betas": "trained_betas"}
+    elif schedule:
+        if schedule not in SCHEDULES:
+            raise WeightsError(f"beta_schedule={schedule[:60]} is not known; expected {', '.join(SCHEDULES)}")
+        chosen += [f"process={SCHEDULES[schedule]}"]
+    if "trained_betas" not in settings and schedule != "squaredcos_cap_v2":
+        knobs |= {"beta_start": "beta_start", "beta_end": "beta_end"}
+    knobs |= {"zero_terminal_snr": "zero_terminal_snr"}
+    return chosen + [f"process.{knob}={settings[name]}" for knob, name in knobs.items() if name in settings]
+
+
+def other_process(settings: dict) -> list[str]:
+    """EDM's process (Playground 2.5), or a flow, in place of a table. Raises WeightsError for what is not built."""
+    if settings["process"] == "flow":
+        return ["prediction=flow", "process=flow", f"process.shift={settings.get('flow_shift', 1.0)}"]
+    if settings.get("prediction", "eps") != "eps":
+        told = settings["prediction"]
+        raise WeightsError(f"its scheduler is EDM's, of a network that predicts {told}; expected epsilon")
+    knobs = [f"process.{knob}={settings[knob]}" for knob in ("sigma_min", "sigma_max", "rho") if knob in settings]
+    return ["prediction=edm", f"prediction.sigma_data={settings.get('sigma_data', 0.5)}", "process=edm", *knobs]
+
+
+def say_prediction(found: System, chosen: str | None) -> None:
+    """Let what a person says of a network's prediction win over its files; a warning where they say otherwise."""
+    if chosen is None:
+        return
+    if chosen not in PREDICTIONS.values():
+        raise ConfigError(f"published.prediction={chosen}: expected one of {', '.join(PREDICTIONS.values())}")
+    if "process" in found.settings:
+        raise ConfigError(f"published.prediction={chosen}: the process of {found.path} is {found.settings['process']}, "
+                          "which fixes what its network predicts; leave it out")  # fmt: skip
+    if (told := found.settings.get("prediction")) not in (None, chosen):
+        print(f"warning: {found.path} says that it predicts {told}; drawn as {chosen}, as you say", file=sys.stderr)
+    found.settings["prediction"] = chosen
 
 
 def remake(node: dict, network: nn.Module) -> nn.Module:

@@ -88,9 +88,20 @@ class Sampling:
 
     @classmethod
     def named(
-        cls, sampler: str, steps: int, scale: float, times: str | None, threshold: str, dialect: str = "native"
+        cls,
+        sampler: str,
+        steps: int,
+        scale: float,
+        times: str | Sequence[float] | None,  # falling indices if all are whole, else sigma / alpha
+        threshold: str,
+        dialect: str = "native",
     ) -> "Sampling":
         """By names of configs/, as a command line gives them; without `times`, the dialect's grid."""
+        if times is not None and not isinstance(times, str):
+            name = "timesteps" if all(type(each) is int for each in times) else "sigmas"
+            cfg = compose("sample", [f"sampler={sampler}", f"threshold={threshold}", f"dialect={dialect}", "times=list",
+                                     f"times.{name}={list(times)}", f"guidance.scale={scale}"])  # fmt: skip
+            return cls.from_config(cfg)
         groups = [f"sampler={sampler}", f"threshold={threshold}", f"dialect={dialect}"]
         groups += [f"times={times}"] if times else []
         return cls.from_config(compose("sample", [*groups, f"steps={steps}", f"guidance.scale={scale}"]))

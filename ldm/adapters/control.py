@@ -33,7 +33,8 @@ class Control(nn.Module):
 
     scale: of all that it adds. window = (start, end): the share of the schedule in which it acts, 0 the first step; a
     step counts by where it begins. guess, of ControlNets: without a prompt, as the authors' code does it: guidance's
-    other half is left alone, and each residual is `decay` of the next coarser one (diffusers: 10 ** (-1 / 12)).
+    other half is left alone, and each residual is `decay` of the next coarser one; None: the finest has 0.1, as in
+    diffusers.
     Raises ConfigError for numbers that cannot be.
     """
 
@@ -44,7 +45,7 @@ class Control(nn.Module):
         scale: float = 1.0,
         window: Sequence[float] = (0.0, 1.0),
         guess: bool = False,
-        decay: float = 0.825,
+        decay: float | None = 0.825,
     ):
         super().__init__()
         if guess and not isinstance(network, ControlNet):
@@ -52,8 +53,9 @@ class Control(nn.Module):
         self.network = network
         self.window = check_window("control", window)
         self.only_cond = guess or network.global_pool
-        falling = decay if guess and not network.global_pool else 1.0
         last = len(network.widths) - 1
+        decay = 0.1 ** (1 / last) if decay is None else check_scale("control", decay)
+        falling = decay if guess and not network.global_pool else 1.0
         self.strengths = [check_scale("control", scale) * falling ** (last - i) for i in range(last + 1)]
 
     def encode(self, hint: Tensor, size: Sequence[int], count: int) -> list[Tensor]:

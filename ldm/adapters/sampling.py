@@ -59,6 +59,7 @@ class Hint:
     scale: float = 1.0
     window: Sequence[float] = ALWAYS
     guess: bool = False  # of a ControlNet: without a prompt
+    decay: float | None = 0.825  # of guess, from one residual to the next finer one; None: 0.1 over all, as diffusers
     annotate: str | None = None  # canny, sketch, grey, palette, inpaint
     mask: str | Tensor | None = None  # of inpaint: white where the picture is to be made anew
 
@@ -147,7 +148,7 @@ class Attached:
             raise WeightsError(f"{hint.path}: {error}") from error
         parameters = sum(p.numel() for p in network.parameters())
         self.report.append(f"{component} {hint.path}: {parameters:,} parameters; scale {hint.scale:g}")
-        return Control(network, scale=hint.scale, window=hint.window, guess=hint.guess)
+        return Control(network, scale=hint.scale, window=hint.window, guess=hint.guess, decay=hint.decay)
 
     @property
     def device(self) -> torch.device:

@@ -147,6 +147,7 @@ class CLIPTextEncoder(Encoder):
         self.chunks = chunks
         self.max_chunks = max_chunks
         self.emphasis = emphasis
+        self.texts: tuple[str | None, str | None] = (None, None)  # read instead of prompts and of negative ones
         self.memory = Memory()
         self.null = None if zero_null else ""
         self.dims = {"context_dim": network.width} | ({"pooled_dim": network.pooled_dim} if pooled else {})
@@ -167,6 +168,9 @@ class CLIPTextEncoder(Encoder):
         cond = self.memory.recall(self.network, prompts, lambda new: self._read(new, device), *how)
         absent = torch.tensor([text is None for text in captions], dtype=torch.bool, device=device)
         return {name: _zeroed(value, absent) for name, value in cond.items()}
+
+    def chosen(self, values: list, half: int) -> list:
+        return values if self.texts[half] is None else [self.texts[half]] * len(values)
 
     def encode(self, ids: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
         """Ids (B chunks L), and what they weigh in the context, -> the conditions of B texts."""

@@ -25,6 +25,10 @@ class Encoder(nn.Module):
         """What it reads instead in the other half of classifier-free guidance."""
         return self.null
 
+    def chosen(self, values: list, half: int) -> list:
+        """What it reads of the values of a half of guidance, 0 with them and 1 without: those that a person chose."""
+        return values
+
     def length(self, value: Any) -> int:
         """How long what it gives for a value is, in a unit of its own, where that differs between values."""
         return 0
@@ -76,7 +80,8 @@ class Conditioner(nn.Module):
         both = {}
         for name, encoder in self.encoders.items():
             values = _values(batch, encoder, name)
-            both[name] = values + instead.get(encoder.field, [encoder.without(value) for value in values])
+            null = instead.get(encoder.field, [encoder.without(value) for value in values])
+            both[name] = encoder.chosen(values, 0) + encoder.chosen(null, 1)
         halves = {name: value.chunk(2) for name, value in self._encode(both).items()}
         return {name: cond for name, (cond, _) in halves.items()}, {name: null for name, (_, null) in halves.items()}
 

@@ -26,6 +26,14 @@ class Sizes(Encoder):
             raise ConfigError(f"count is {count}, expected 1 to {len(NAMES)}: {', '.join(NAMES)}")
         self.count = count
         self.dims = {"num_sizes": count}
+        self.rows: tuple[dict, dict] = ({}, {})  # by place in NAMES: what is said instead, with and without a prompt
+
+    def chosen(self, values: list, half: int) -> list:
+        rows = [list(value) for value in values]
+        for row in rows:
+            for place, number in self.rows[half].items():
+                row[place] = number
+        return rows if self.rows[half] else values
 
     def without(self, value: Sequence[float] | Tensor) -> Sequence[float] | Tensor:
         return value

@@ -71,7 +71,7 @@ class Schedule:
         """steps + 1 times, and for all but the last of them the index that is shown."""
         T = table_length(process, "schedule")
         table = process.log_ratios[1:].exp()  # sigma / alpha of the indices
-        table = table.clamp(max=FINITE) if self.finite else table
+        table = table.where(table.isfinite(), FINITE) if self.finite else table
         indices = self._indices(T, process)
         if indices[0] > T - 1 or indices[-1] < 0:
             raise ConfigError(f"times.offset={self.offset} takes {self.steps} steps past the {T} of the table")

@@ -7,6 +7,7 @@ Spacings as in Table 2 of arXiv:2305.08891. Both raise ConfigError for what cann
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ RESPACINGS = {  # of DeepFloyd IF, by the names its authors gave them: how many 
     "super40": "2,2,2,2,2,2,3,4,6,15",
     "super100": "4,4,6,6,8,8,10,10,14,30",
 }
+
+LONGEST = 10_000  # times in a list
 
 # --- grids for samplers --------------------------------------------------------------------------------------------
 
@@ -140,6 +143,30 @@ def lcm(process: Process, steps: int, original: int = 50) -> Tensor:
     stride = 1 / original if process.num_steps is None else process.num_steps // original / process.num_steps
     picked = torch.arange(steps, dtype=torch.float64) * original / steps
     return _with_zero((original - picked.floor()) * stride)
+
+
+def listed(
+    process: Process,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    final: str | None = None,
+) -> Tensor:
+    """Times one by one: falling indices of a table, or falling sigma / alpha, of which a last 0 is clean data."""
+    if (timesteps is None) == (sigmas is None):
+        raise ConfigError("times=list needs one of times.timesteps=[999,749,...] and times.sigmas=[14.6,...,0.03]")
+    name, given = ("timesteps", timesteps) if sigmas is None else ("sigmas", sigmas)
+    is_list = isinstance(given, Sequence) and not isinstance(given, str) and 1 <= len(given) <= LONGEST
+    if not is_list or not all(type(each) in (int, float) and 0 <= each < math.inf for each in given):
+        raise ConfigError(f"times.{name}={str(given)[:60]}: expected 1 to {LONGEST} numbers from 0 up")
+    if any(after >= before for before, after in zip(given, given[1:], strict=False)):
+        raise ConfigError(f"times.{name}={str(given)[:60]}: expected numbers that fall, from noise to data")
+    values = torch.tensor(given, dtype=torch.float64)
+    if sigmas is not None:
+        return _with_zero(process.time(values[values > 0]))
+    T = table_length(process, "list")
+    if given[0] > T - 1:
+        raise ConfigError(f"times.timesteps begins at {given[0]}, the table ends at {T - 1}")
+    return _indices_to_times(values, T, final)
 
 
 def _check(process: Process, steps: int) -> None:

@@ -1,6 +1,7 @@
 """What `sample.py` draws from: a run of ours, or published weights, each with its own way of being drawn from."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ldm.build import compose
@@ -28,6 +29,11 @@ DIFFUSERS = {  # what its pipelines draw with where nothing is said, by system o
     "if_ii_l": ["guidance.scale=4", "aug_level=0.25"],
     "if_iii_l": ["guidance.scale=4", "aug_level=0.25"],
 }
+OF_GRID = ("times", "sampler.even_steps", "sampler.combines", "dialect.start")
+OTHER_PROCESS = {
+    "edm": ["sampler=dpm_solver", "times=karras", "guidance.scale=3"],  # as Playground 2.5 is drawn
+    "flow": ["sampler=euler", "times=linspace", "guidance.scale=5"],
+}
 THEIRS = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 ADAPTERS = ("lora", "controlnet", "t2i_adapter", "composition", "every")
 OF_WEIGHTS = ("kind", "embeddings", "tokenizer", "dtype", "variant", "refiner", "prompt_weights")  # no run has them
@@ -43,7 +49,10 @@ def as_published(cfg: dict, given: Sequence[str]) -> dict:
     name = system_of(cfg["weights"], cfg["kind"], parts_of(cfg), Options(**cfg["published"]))
     chosen = {override.partition("=")[0].lstrip("+~") for override in given}
     theirs = [line for line in compose("train", [f"system={name}"])["sampling"] if not _is_replaced(line, chosen)]
-    if "dialect=diffusers" in given and not name.startswith("sit"):  # which no pipeline of its draws
+    process = read_settings(Path(cfg["weights"])).get("process") if Path(cfg["weights"]).is_dir() else None
+    if process:  # no table: the grids of the authors' programs are of none
+        theirs = [line for line in OTHER_PROCESS[process] if not _is_replaced(line, chosen)]
+    elif "dialect=diffusers" in given and not name.startswith("sit"):  # which no pipeline of its draws
         theirs, given = as_diffusers(cfg, name, given)
     return {**compose("sample", [*theirs, *given]), "kind": name}
 
@@ -63,10 +72,11 @@ def as_diffusers(cfg: dict, system: str, given: Sequence[str]) -> tuple[list[str
     if cfg["published"]["prediction"]:
         config = config | {"prediction_type": THEIRS[cfg["published"]["prediction"]]}
     sampler, times = groups.get("sampler"), groups.get("times")
-    if sampler in (None, *OF_SAMPLERS) and times in (None, *GRIDS):
-        lines = drawn_by(config, str(path), sampler, times)
-    else:
-        lines = []
+    lines = []
+    if sampler in (None, *OF_SAMPLERS):
+        lines = drawn_by(config, str(path), sampler, times if times in GRIDS else None)
+    if times not in (None, *GRIDS):  # a grid of which diffusers knows nothing
+        lines = ["sampler=plms" if line == "sampler=pndm" else line for line in lines if not line.startswith(OF_GRID)]
     expressed = {"sampler"} if "sampler=pndm" in lines else set()
     expressed |= {"times"} if "times=schedule" in lines else set()
     kept = [line for line in given if line.partition("=")[0] not in expressed]
@@ -95,6 +105,8 @@ def load_subject(cfg: dict, texts: KnownTexts | None = None) -> tuple[Run, Refin
     if cfg["refiner"] and not (cfg["kind"] or "").startswith("sdxl"):
         drawn = cfg["kind"] or "a run"
         raise ConfigError(f"refiner={cfg['refiner']} finishes what SDXL begins, not {drawn}; leave it out")
+    if cfg["published"]["negative_2"] is not None and cfg["negative"] is None:
+        raise ConfigError(f"published.negative_2={cfg['published']['negative_2']} stands beside negative=; give both")
     if cfg["prompt_weights"] not in (None, *EMPHASIS):
         raise ConfigError(f"prompt_weights={cfg['prompt_weights']}: expected null or one of {', '.join(EMPHASIS)}")
     if cfg["run"]:
@@ -119,6 +131,9 @@ def attach(run: Run, cfg: dict) -> None:
     given = {name: cfg[name] for name in ADAPTERS}
     if not given["lora"] and given["composition"] != "merge":
         raise ConfigError(f"composition={given['composition']} is of LoRAs, and lora is not set; give lora=FILE")
+    hints = given["controlnet"] if isinstance(given["controlnet"], list) else [given["controlnet"]]
+    decay = {"decay": cfg["dialect"]["guess_decay"]}
+    given["controlnet"] = [decay | hint if isinstance(hint, dict) else hint for hint in hints if hint]
     if any(given[name] for name in ("lora", "controlnet", "t2i_adapter")):
         print("\n".join(run.attach(**given)), flush=True)
 
@@ -137,11 +152,20 @@ def _published(
         parts=parts,
         formula=cfg["formula"] if weights == cfg["weights"] else None,
         texts=texts,
-        options=Options(**cfg["published"]),
+        options=options_of(cfg, is_refiner=system == "sdxl_refiner"),
     )
     if cfg["prompt_weights"]:
         weigh(run, cfg["prompt_weights"])
     return run
+
+
+def options_of(cfg: dict, is_refiner: bool) -> Options:
+    """What is said of the weights, or of a refiner beside them: each has its own prediction, layers and texts."""
+    options = Options(**cfg["published"])
+    scores = {"aesthetic_score": None, "negative_aesthetic_score": None}
+    if is_refiner and cfg["kind"] != "sdxl_refiner":
+        return replace(options, prediction=None, clip_skip=None, prompt_2=None, negative_2=None)
+    return replace(options, **scores) if cfg["refiner"] else options
 
 
 def weigh(run: Run, emphasis: str) -> None:

@@ -17,6 +17,7 @@ from ldm.weights.components import class_name
 from ldm.weights.formats import Config
 from ldm.weights.parts import MARKERS
 from ldm.weights.places import SYSTEMS, places_of
+from ldm.weights.schedulers import KINDS, NEAREST
 
 CLASSES = {  # of a pipeline; of a system without a line here: those of its family
     "sd15": "StableDiffusionPipeline",
@@ -59,13 +60,23 @@ SCHEDULERS = {
     "sdxl_inpaint": EULER, "sdxl_refiner": EULER, "dit": DIT, "pixart": PIXART,
     "if": IF, "if_ii_m": IF_ENLARGING, "if_ii_l": IF_ENLARGING, "if_iii_l": IF_ENLARGING,
 }  # fmt: skip
+DEFAULTS = {  # of classes whose table is not LINEAR where nothing is said
+    "HeunDiscreteScheduler": LINEAR | {"beta_start": 0.00085, "beta_end": 0.012},
+    "KDPM2DiscreteScheduler": LINEAR | {"beta_start": 0.00085, "beta_end": 0.012},
+    "KDPM2AncestralDiscreteScheduler": LINEAR | {"beta_start": 0.00085, "beta_end": 0.012},
+    "LCMScheduler": BETAS, "TCDScheduler": BETAS,
+}  # fmt: skip
+EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
+LONGEST = 100_000  # steps of a table
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 MODEL_SPEC = {"epsilon": "eps", "v": "v"}  # `modelspec.prediction_type` in the header of community files
-SCHEDULE = {"rescale_betas_zero_snr": "zero_terminal_snr"} | {name: name for name in BETAS}
+SCHEDULE = {"rescale_betas_zero_snr": "zero_terminal_snr"} | {name: name for name in (*BETAS, "trained_betas")}
 TYPES = {
-    "prediction": (str,), "zero_terminal_snr": (bool,), "zero_null": (bool,), "scale": (int, float),
-    "shift": (int, float), "num_train_timesteps": (int,), "beta_start": (int, float), "beta_end": (int, float),
-    "beta_schedule": (str,), "text_length": (int,), "class_names": (list,),
+    "prediction": (str,), "zero_terminal_snr": (bool,), "zero_null": (bool,), "scale": (int, float, list),
+    "shift": (int, float, list), "num_train_timesteps": (int,), "beta_start": (int, float), "beta_end": (int, float),
+    "beta_schedule": (str,), "text_length": (int,), "class_names": (list,), "trained_betas": (list,),
+    "process": (str,), "sigma_min": (int, float), "sigma_max": (int, float), "sigma_data": (int, float),
+    "rho": (int, float), "flow_shift": (int, float),
 }  # fmt: skip
 SCALES = {"scaling_factor": "scale", "shift_factor": "shift"}
 LATENT_SCALES = {"sd15": 0.18215, "sd21": 0.18215, "sdxl": 0.13025, "sdxl_refiner": 0.13025}  # by family
@@ -83,12 +94,15 @@ def read_settings(path: Path) -> Config:
     for name, value in settings.items():
         if type(value) not in TYPES.get(name, ()) or (name == "prediction" and value not in PREDICTIONS.values()):
             raise WeightsError(f"{path}: says {str(name)[:60]}={str(value)[:60]}, which is no setting of a system")
+    steps = max(settings.get("num_train_timesteps", 1), len(settings.get("trained_betas", [0])))
+    if not 1 <= steps <= LONGEST or not all(type(b) in (int, float) for b in settings.get("trained_betas", [])):
+        raise WeightsError(f"{path}: says a table of {steps} betas; expected numbers, 1 to {LONGEST} of them")
     return settings
 
 
 def _folder_settings(path: Path) -> Config:
     scheduler = read_scheduler(path)
-    settings = _renamed(scheduler, SCHEDULE) | scales(_optional(path / "vae/config.json"))
+    settings = process_of(scheduler) | scales(_optional(path / "vae/config.json"))
     if settings.get("beta_schedule") == COSINE["beta_schedule"]:  # its betas begin and end where the cosine says
         settings = {name: value for name, value in settings.items() if name not in ("beta_start", "beta_end")}
     index = _optional(path / "model_index.json")
@@ -99,9 +113,33 @@ def _folder_settings(path: Path) -> Config:
     return settings | ({"prediction": PREDICTIONS.get(str(kind), kind)} if kind else {})
 
 
+def process_of(scheduler: Config) -> Config:
+    """What the config of a scheduler says of the process: a table of betas, or that it is EDM's or a flow."""
+    name = str(scheduler.get("_class_name"))
+    if name.startswith("EDM"):
+        return {"process": "edm"} | EDM | _renamed(scheduler, {word: word for word in EDM})
+    if name.startswith("FlowMatch") or scheduler.get("use_flow_sigmas"):
+        shifts = {"shift": "flow_shift", "flow_shift": "flow_shift"}
+        return {"process": "flow"} | _renamed(scheduler, shifts)
+    defaults = DEFAULTS.get(name, LINEAR) if name in KINDS or name in NEAREST else {}
+    return defaults | _renamed(scheduler, SCHEDULE)
+
+
 def scales(config: Config) -> Config:
-    """What the config.json of an autoencoder says of its latents."""
-    return _renamed(config, SCALES)
+    """What the config.json of an autoencoder says of its latents: x = (z - shift) * scale. Raises WeightsError."""
+    settings = _renamed(config, SCALES)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None and std is None:
+        return settings
+    count = config.get("latent_channels", 4)
+    if not all(_is_numbers(each, count) for each in (mean, std)) or min(std) <= 0:
+        raise WeightsError(f"latents_mean, latents_std of an autoencoder: expected {count} numbers each, std above 0")
+    scale = settings.get("scale", 0.18215)
+    return settings | {"shift": mean, "scale": [scale / each for each in std]}
+
+
+def _is_numbers(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and all(type(each) in (int, float) for each in value)
 
 
 def _class_names(table: Any) -> Config:
