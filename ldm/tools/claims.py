@@ -107,9 +107,20 @@ def claims(runs: Iterable[Run]) -> list[Claim]:
     """The claims that runs store, each with its runs."""
     found: dict[str, Claim] = {}
     for run in runs:
-        if run.claim:
+        if run.claim and _is_whole(run.claim):
             found.setdefault(json.dumps(run.claim, sort_keys=True), Claim(run.claim, [])).runs.append(run)
     return list(found.values())
+
+
+def _is_whole(node: dict) -> bool:
+    """Whether a claim has what it is judged by; a damaged config may have left anything of it."""
+    lines = node.get("orders")
+    orders = [line if isinstance(line, dict) else {"order": line} for line in lines] if isinstance(lines, list) else []
+    told = [node.get("paper"), node.get("says")]
+    for order in orders:
+        told += [order.get("order"), *(order.get(name, node.get(name)) for name in ("metric", "better"))]
+    arms = node.get("arms")
+    return isinstance(arms, list) and all(isinstance(text, str) for text in [*told, *arms])
 
 
 def judge(order: Order, runs: Sequence[Run]) -> Verdict:
