@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import shutil
 import struct
 import zipfile
 import zlib
@@ -346,6 +347,8 @@ def make_report(folder: Path) -> None:
         write_json(folder / name / "summary.json", SUMMARY)
         config = {"seed": 0, "optimizer": {"lr": lr}, "claim": CLAIM, "sampler": {}}
         (folder / name / "config.yaml").write_text(json.dumps(config))
+    report([folder], folder / "out")  # what draws is imported once, before workers are forked
+    shutil.rmtree(folder / "out")
 
 
 def spoil_report(folder: Path, rng: random.Random) -> None:

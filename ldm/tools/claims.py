@@ -114,13 +114,13 @@ def claims(runs: Iterable[Run]) -> list[Claim]:
 
 def _is_whole(node: dict) -> bool:
     """Whether a claim has what it is judged by; a damaged config may have left anything of it."""
-    lines = node.get("orders")
-    orders = [line if isinstance(line, dict) else {"order": line} for line in lines] if isinstance(lines, list) else []
-    told = [node.get("paper"), node.get("says")]
-    for order in orders:
-        told += [order.get("order"), *(order.get(name, node.get(name)) for name in ("metric", "better"))]
-    arms = node.get("arms")
-    return isinstance(arms, list) and all(isinstance(text, str) for text in [*told, *arms])
+    arms, lines = node.get("arms"), node.get("orders")
+    if not isinstance(arms, list) or not isinstance(lines, list):
+        return False
+    orders = [line if isinstance(line, dict) else {"order": line} for line in lines]
+    told = [node.get(name) for name in ("paper", "says", "metric", "better")]
+    told += [order.get(name, "") for order in orders for name in ("metric", "better")]
+    return all(isinstance(text, str) for text in [*told, *arms, *(order.get("order") for order in orders)])
 
 
 def judge(order: Order, runs: Sequence[Run]) -> Verdict:
