@@ -70,6 +70,7 @@ def spoilt_value(value: Any, rng: random.Random) -> Any:
             node[rng.choice([str(key) + "x", "", *map(str, node)])] = node[key] if kind == 6 else node.pop(key)
         else:
             node += node[: rng.randrange(50)] * rng.choice([1, 50])
+        value = json.loads(json.dumps(value))  # nothing is in two places, of which one might be in the other
     return value
 
 
@@ -81,9 +82,9 @@ def _places(node: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def odd(rng: random.Random) -> Any:
-    """A value that nobody expects."""
-    value = rng.choice(ODD)
-    for _ in range(rng.choice([0] * 20 + [1, 2, 40, 300])):
+    """A value that nobody expects, of its own."""
+    value = json.loads(json.dumps(rng.choice(ODD)))
+    for _ in range(rng.choice([0] * 20 + [1, 2, 40, 200])):
         value = [value] if rng.random() < 0.5 else {"a": value}
     return value
 

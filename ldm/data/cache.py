@@ -32,7 +32,7 @@ from torch.utils.data import Dataset, Subset
 from ldm.data.images import ImageFolder
 from ldm.data.loader import facts, fetch, groups
 from ldm.io.text import read_json, write_json
-from ldm.utils.errors import DataError
+from ldm.utils.errors import DataError, in_a_line
 
 SCHEMA = 1
 VERSION = 1  # of what is done to an image between its file and the codec
@@ -133,14 +133,15 @@ class Table:
                     raise ValueError(f"column {name!r}")
                 self.columns[name] = DTYPES[entry["dtype"]], tuple(entry["shape"])
             numbers = [header["count"], *(n for _, shape in self.columns.values() for n in shape)]
-            if not all(type(n) is int and 0 <= n < MAX_EXTENT for n in numbers):
-                raise ValueError(f"impossible numbers {numbers}")
+            if len(numbers) > 64 or not all(type(n) is int and 0 < n < MAX_EXTENT for n in numbers):
+                raise ValueError(f"impossible numbers {str(numbers)[:80]}")
             for name in self.columns:
                 needed, there = header["count"] * self._row_bytes(name), self._path(name).stat().st_size
                 if there < needed:
                     raise ValueError(f"{name} has {there:,} bytes, expected {needed:,}")
         except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
-            raise DataError(f"{self.directory}: not a whole table ({error}); delete it, and it is made anew") from error
+            problem = f"not a whole table ({in_a_line(error)})"
+            raise DataError(f"{self.directory}: {problem}; delete it, and it is made anew") from error
         self.count = self._written = header["count"]
 
     def _path(self, name: str) -> Path:

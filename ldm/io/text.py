@@ -64,7 +64,12 @@ def read_config(path: str | os.PathLike, *, lenient: bool = False) -> dict[str, 
 
 
 class _Plain(yaml.SafeLoader):
-    """Without references, by which a few lines become a table of any size."""
+    """Without references, by which a few lines become a table of any size, and with dates as they are written."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":timestamp")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -72,14 +77,14 @@ class _Plain(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
-    """A configuration that others wrote with weights as YAML: one table of plain values. Raises DataError."""
+def read_yaml(path: str | os.PathLike, kind: type = dict) -> Any:
+    """A configuration that others wrote as YAML: one table, or a list, of plain values. Raises DataError."""
     text = decode_text(read_bytes(path, max_bytes=MAX_YAML), str(path))
     with reading(path, "not the YAML expected here", DataError):  # its values of many types end in as many errors
         config = yaml.load(text, _Plain)
         _check_depth(config, MAX_DEPTH)
-    if not isinstance(config, dict):
-        raise DataError(f"{path}: holds a YAML {type(config).__name__}, a configuration is a table")
+    if not isinstance(config, kind):
+        raise DataError(f"{path}: holds a YAML {type(config).__name__}, a configuration is a {kind.__name__}")
     return config
 
 

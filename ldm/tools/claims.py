@@ -116,9 +116,20 @@ def claims(runs: Iterable[Run]) -> list[Claim]:
     """The claims that runs store, each with its runs."""
     found: dict[str, Claim] = {}
     for run in runs:
-        if run.claim:
+        if run.claim and _is_whole(run.claim):
             found.setdefault(json.dumps(run.claim, sort_keys=True), Claim(run.claim, [])).runs.append(run)
     return list(found.values())
+
+
+def _is_whole(node: dict) -> bool:
+    """Whether a claim has what it is judged by; a damaged config may have left anything of it."""
+    arms, lines = node.get("arms"), node.get("orders")
+    if not isinstance(arms, list) or not isinstance(lines, list):
+        return False
+    orders = [line if isinstance(line, dict) else {"order": line} for line in lines]
+    told = [node.get(name) for name in ("paper", "says", "metric", "better")]
+    told += [order.get(name, "") for order in orders for name in ("metric", "better")]
+    return all(isinstance(text, str) for text in [*told, *arms, *(order.get("order") for order in orders)])
 
 
 def judge(order: Order, runs: Sequence[Run]) -> Verdict:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.io.files import read_bytes
-from ldm.io.text import decode_text, parse_json, read_json
+from ldm.io.text import parse_json, read_json, read_yaml
 from ldm.tools.jobs import outcome
 from ldm.utils.errors import DataError
 
@@ -43,7 +43,7 @@ class Run:
         """Of summary.json: a metric, or a number beside the metrics, such as `parameters`."""
         for node in (self.summary, self.summary.get("metrics")):
             value = node.get(key) if isinstance(node, dict) else None
-            if isinstance(value, int | float):
+            if is_number(value):
                 return value
         return None
 
@@ -63,8 +63,8 @@ def find_runs(directories: Iterable[Path]) -> list[Run]:
 
 def read_run(path: Path) -> Run:
     """Whatever can be read of one run, however it ended."""
-    config = tolerant(_read_yaml, path / "config.yaml") or tolerant(_read_yaml, path / ".hydra" / "config.yaml")
-    typed = tolerant(_read_yaml, path / ".hydra" / "overrides.yaml", kind=list)
+    config = tolerant(read_yaml, path / "config.yaml") or tolerant(read_yaml, path / ".hydra" / "config.yaml")
+    typed = tolerant(read_yaml, path / ".hydra" / "overrides.yaml", kind=list)
     seed = config.get("seed")
     claim = config.pop("claim", None)
     config.pop("scale", None)  # numbers that act where other settings read them
@@ -89,26 +89,22 @@ def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     data = tolerant(read_bytes, path, max_bytes=MAX_BYTES) or b""
     for line in data.splitlines():
         row = tolerant(parse_json, line.decode(errors="replace"), str(path))
-        numbers = {k: v for k, v in row.items() if isinstance(v, int | float)} if isinstance(row, dict) else {}
+        numbers = {k: v for k, v in row.items() if is_number(v)} if isinstance(row, dict) else {}
         step = numbers.pop("step", None)
         for name, value in numbers.items() if isinstance(step, int) else ():
             curves.setdefault(name, []).append((step, value))
     return curves
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of a file is one that can be drawn and averaged."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
 def _read_summary(path: Path) -> dict:
-    return _expect(read_json(path), dict, path)
-
-
-def _read_yaml(path: Path, kind: type = dict) -> Any:
-    from omegaconf import OmegaConf  # only here: --help need not wait for it
-
-    text = decode_text(read_bytes(path, max_bytes=MAX_BYTES), str(path))
-    try:
-        value = OmegaConf.to_container(OmegaConf.create(text))  # interpolations stay as they are written
-    except Exception as error:  # of two libraries, without a common base
-        raise DataError(f"{path}: not the YAML expected here ({error})") from error
-    return _expect(value, kind, path)
+    summary = _expect(read_json(path), dict, path)
+    metrics = summary.get("metrics")
+    return summary | {"metrics": metrics if isinstance(metrics, dict) else {}}
 
 
 def _expect(value: Any, kind: type, path: Path) -> Any:
