@@ -325,9 +325,9 @@ REFUSED = {
         lora(kohya(Q), *factors()) | {kohya(Q) + ".dora_scale": torch.ones(7)},
         r"dora_scale \(7,\), .* which do not make",
     ),
-    "a bias that is not there": (
-        {kohya(Q) + ".diff": torch.ones(64, 64), kohya(Q) + ".diff_b": torch.ones(64)},
-        r"changes a bias \(64,\), which the base has not",
+    "a bias of another size": (
+        {kohya(Q) + ".diff": torch.ones(64, 64), kohya(Q) + ".diff_b": torch.ones(3)},
+        r"diff_b \(3,\), which do not make a change of a weight \(64, 64\)",
     ),
 }
 

@@ -1,7 +1,7 @@
 """A layer with what adapters change in its weight: it stands where the layer stood, until the last of them is gone.
 
     y = layer(x) + sum_i k_i s_i B_i A_i x                      low rank: one product over the concatenated ranks
-    y = that of a layer of weight W + sum_i k_i change_i(W)     every other kind
+    y = that of a layer of weight W + sum_i k_i change_i(W)     every other kind; a bias likewise, from zero if need be
 
 The layer's own parameters keep their names, and `weight` is what all of it together amounts to.
 """
@@ -55,6 +55,7 @@ class Adapted(nn.Module):
         self.merged: set[str] = set()
         self.original: dict[str, Tensor] = {}  # parameters that a merge has overwritten, in main memory
         self.live: dict[str, float] = {}  # strengths of `placed` that act and are not merged
+        self.biased: dict[str, float] = {}  # those that give a bias to a layer without one, which no merge can hold
         self.acting: list[Product] = []  # those that are not merged
 
     def __getattr__(self, name: str):
@@ -66,11 +67,10 @@ class Adapted(nn.Module):
     # --- what it computes ---------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.live:
-            own = {key: self._total(key, self.live).to(p.dtype) for key, p in self._own().items()}
-            out = functional_call(self.layer, own, (x,))
-        else:
-            out = self.layer(x)
+        own = {key: self._total(key, self.live).to(p.dtype) for key, p in self._own().items()} if self.live else {}
+        if self.biased:
+            own["bias"] = self.bias
+        out = functional_call(self.layer, own, (x,)) if own else self.layer(x)
         for product in self.acting:
             out = product(out, x, self)
         return out
@@ -96,8 +96,10 @@ class Adapted(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        bias = self._parameters["bias"]
-        return bias if bias is None or not self.live else self._total("bias", self.live).to(bias.dtype)
+        bias, weight = self._parameters["bias"], self._parameters["weight"]
+        if bias is None:
+            return self._total("bias", self.biased, weight.new_zeros(len(weight))).to(weight) if self.biased else None
+        return self._total("bias", self.live).to(bias.dtype) if self.live else bias
 
     def _own(self) -> dict[str, nn.Parameter]:
         return {key: p for key, p in self._parameters.items() if p is not None}
@@ -191,9 +193,12 @@ class Adapted(nn.Module):
         """What `forward` goes by. A product stays when its strengths are zero: a value, not another program."""
         rest = self._unmerged()
         self.live = {name: rest[name] for name in self.placed if rest.get(name)}
+        self.biased = {}
         for name, parts in self.placed.items():
             for part in parts:
                 part.strength.fill_(self.live.get(name, 0.0))
+            if self._parameters["bias"] is None and any(part.change.bias is not None for part in parts):
+                self.biased |= {name: k} if (k := self.strengths.get(name)) else {}
         self.acting = [product for product in self._all_products() if not product.adapters.isdisjoint(rest)]
         for product in self.acting:
             product.set(rest)

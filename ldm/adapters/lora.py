@@ -6,7 +6,8 @@
 | LoHa  | loha                   | alpha / rank (A1 B1) * (A2 B2)                                  |
 | LoKr  | lokr                   | alpha / rank kron(W1, A B)                                      |
 
-`lora_kinds` has the formulas, `adapted` what becomes of a layer, `lora_formats` the files, `composition` switches.
+`lora_kinds` and `lora_relative` have the formulas, `adapted` what becomes of a layer, `lora_formats` and `lora_writing`
+the files, `composition` switches.
 """
 
 import copy
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 
 from ldm.adapters.adapted import Adapted, adapt, restore
 from ldm.adapters.base import Adapter, Networks
-from ldm.adapters.lora_formats import read_lora, write_lora
-from ldm.adapters.lora_kinds import Change, DoRA, hadamard, kronecker, low_rank, output_magnitude
+from ldm.adapters.lora_formats import read_contents
+from ldm.adapters.lora_kinds import Change, hadamard, kronecker, low_rank
 from ldm.adapters.lora_names import NETWORK, Site, adaptable, sites
+from ldm.adapters.lora_relative import DoRA, output_magnitude
+from ldm.adapters.lora_writing import write_lora
 from ldm.adapters.product import Block
 from ldm.utils.errors import ConfigError
 from ldm.weights.ledger import listing
@@ -114,16 +117,22 @@ class WeightAdapter(Adapter):
 
 
 class Loaded(WeightAdapter):
-    """An adapter from a file or a folder, of any format in `lora_formats`. Raises WeightsError."""
+    """An adapter from a file or a folder, of any format in `lora_formats`. Raises WeightsError.
+
+    strict: keys that match nothing in the base are an error; otherwise `notes` names them once it is injected.
+    """
 
     trains = False
 
-    def __init__(self, path: str | Path, scale: float = 1.0, name: str | None = None):
+    def __init__(self, path: str | Path, scale: float = 1.0, name: str | None = None, *, strict: bool = True):
         super().__init__(name or Path(path).stem, scale)
         self.path = Path(path)
+        self.strict = strict
+        self.notes: list[str] = []  # of what is in the file and changes nothing
 
     def changes(self, networks: Networks) -> Mapping[Site, Change]:
-        return read_lora(self.path, networks)
+        changes, self.notes = read_contents(self.path, networks, strict=self.strict)
+        return changes
 
 
 # --- to be trained ---------------------------------------------------------------------------------------------------

@@ -3,21 +3,18 @@
     LoRA, LoCon  s B A                              arXiv:2106.09685; convolutions, Tucker: arXiv:2309.14859
     LoHa         s (A1 B1) * (A2 B2)                arXiv:2108.06098
     LoKr         s kron(W1, W2), W2 = A B           arXiv:2212.10650, arXiv:2309.14859
-    DoRA         m (W + dW) / |W + dW| - W          arXiv:2402.09353, around any of them
-    Full         dW itself
+    Full         dW itself; Sparse holds the few elements of one that are not zero
 
 s = alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732). A weight is (O I) or (O I k k); of a fused one, the
-rows of one published matrix. Files hold the `tensors` of a kind under LyCORIS' names.
+rows of one published matrix. Files hold the `tensors` of a kind under LyCORIS' names; `lora_tensors` reads them, and
+`lora_relative` has the kinds that depend on the weight they change.
 """
 
 import math
-import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-
-from ldm.utils.errors import WeightsError
 
 Tensors = dict[str, Tensor]
 
@@ -107,16 +104,11 @@ class Kronecker(Change):
 
 
 class Full(Change):
-    """The change itself, and that of the bias."""
+    """The change itself."""
 
-    def __init__(self, diff: Tensor, diff_b: Tensor | None = None):
+    def __init__(self, diff: Tensor):
         super().__init__()
         self.diff = nn.Parameter(diff)
-        self.diff_b = None if diff_b is None else nn.Parameter(diff_b)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.diff_b
 
     @property
     def is_vector(self) -> bool:
@@ -126,37 +118,74 @@ class Full(Change):
         return self.diff.view(weight.shape)
 
     def tensors(self) -> Tensors:
-        return {"diff": self.diff} | ({} if self.diff_b is None else {"diff_b": self.diff_b})
+        return {"diff": self.diff}
 
 
-class DoRA(Change):
-    """Eq. (5), arXiv:2402.09353: the direction of W + dW, its length m learned; the norm takes no gradient (§4.3).
+class Sparse(Change):
+    """The elements of a change that are not zero: values (n), rows and columns (2 n) of a weight that is flat (O I)."""
 
-    magnitude has size 1 in the axes that a norm runs over: (O 1 ...) one for each output, (1 I ...) for each input.
-    """
-
-    def __init__(self, change: Change, magnitude: Tensor):
+    def __init__(self, places: Tensor, values: Tensor, size: Tensor, scale: float = 1.0):
         super().__init__()
-        self.change = change
-        self.magnitude = nn.Parameter(magnitude)
+        self.register_buffer("places", places.long(), persistent=False)
+        self.register_buffer("size", size, persistent=False)
+        self.values = nn.Parameter(values)
+        self.scale = scale
 
     def forward(self, weight: Tensor) -> Tensor:
-        direction = weight + self.change(weight)
-        return self.magnitude / norm_as(direction.detach(), self.magnitude) * direction - weight
+        whole = torch.zeros_like(weight)
+        rows, columns = self.places
+        whole.flatten(1).index_put_((rows, columns), self.scale * self.values.to(whole.dtype), accumulate=True)
+        return whole
 
     def tensors(self) -> Tensors:
-        return self.change.tensors() | {"dora_scale": self.magnitude}
+        return {"bias_indices": self.places, "bias_values": self.values, "bias_size": self.size}
 
 
-def norm_as(weight: Tensor, magnitude: Tensor) -> Tensor:
-    """The norm over the axes in which `magnitude` has size 1; never zero, since layers may start at zero."""
-    axes = [axis for axis, size in enumerate(magnitude.shape) if size == 1]
-    return torch.linalg.vector_norm(weight, dim=axes, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+class Sum(Change):
+    """One change and another of the same weight."""
+
+    def __init__(self, first: Change, second: Change):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.first(weight) + self.second(weight)
+
+    def tensors(self) -> Tensors:
+        return self.second.tensors() | self.first.tensors()
 
 
-def output_magnitude(weight: Tensor) -> Tensor:
-    """One for each output, as §4 of arXiv:2402.09353 and PEFT have it: (O 1 ...)."""
-    return norm_as(weight, weight.new_empty(len(weight), *[1] * (weight.ndim - 1), device="meta"))
+class Unchanged(Change):
+    """None at all, where only the bias changes."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.zeros_like(weight)
+
+    def tensors(self) -> Tensors:
+        return {}
+
+
+class Biased(Change):
+    """A change of the weight, and one of the bias."""
+
+    def __init__(self, change: Change, diff_b: Tensor):
+        super().__init__()
+        self.change = change
+        self.diff_b = nn.Parameter(diff_b)
+
+    @property
+    def bias(self) -> Tensor:
+        return self.diff_b
+
+    @property
+    def is_vector(self) -> bool:
+        return self.change.is_vector
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.change(weight)
+
+    def tensors(self) -> Tensors:
+        return self.change.tensors() | {"diff_b": self.diff_b}
 
 
 def product(factors: nn.ParameterDict, name: str, tucker: str) -> Tensor:
@@ -215,75 +244,3 @@ def split(size: int, factor: int) -> tuple[int, int]:
     limit = min(factor, math.isqrt(size)) if factor > 0 else math.isqrt(size)
     first = next(a for a in range(limit, 0, -1) if size % a == 0)
     return first, size // first
-
-
-# --- from the tensors of a file --------------------------------------------------------------------------------------
-
-COMPLETE = (  # what a change consists of; what may be there beside it
-    ({"down", "up"}, {"mid", "alpha", "dora_scale", "magnitude"}),
-    ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, {"hada_t1", "hada_t2", "alpha", "dora_scale"}),
-    ({"lokr_w1", "lokr_w2"}, {"lokr_t2", "alpha", "dora_scale"}),
-    ({"diff"}, {"diff_b"}),
-)
-
-
-def read(
-    name: str, tensors: Tensors, shape: torch.Size, *, stabilized: bool = False, rank: int | None = None
-) -> Change:
-    """The change that the tensors of one module are, for a weight of this shape. Raises WeightsError.
-
-    stabilized: alpha is divided by the root of the rank, as PEFT's use_rslora says. rank: what alpha is divided by
-    where no tensor has one, in PEFT's LoKr of two whole matrices. Without alpha the scale is 1.
-    """
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not (tensor.is_meta or tensor.isfinite().all()):
-            raise WeightsError(f"{name}.{key} is not of finite floating-point numbers; the file is damaged")
-    whole = {key[:-2] if re.fullmatch(r"lokr_w\d_[ab]", key) else key for key in tensors}
-    if not any(needed <= whole <= needed | optional for needed, optional in COMPLETE):
-        raise WeightsError(f"{name} has {', '.join(sorted(tensors))}, which is no whole change of a kind known here")
-    shapes_only = {key: tensor if key == "alpha" else tensor.to("meta") for key, tensor in tensors.items()}
-    try:
-        fits = _change(shapes_only, shape, stabilized, rank)(torch.empty(shape, device="meta")).shape == shape
-    except (RuntimeError, IndexError, KeyError, ValueError):
-        fits = False
-    if fits:
-        return _change(tensors, shape, stabilized, rank)
-    shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items() if tensor.ndim)
-    raise WeightsError(f"{name} has {shapes}, which do not make a change of a weight {tuple(shape)}")
-
-
-def _change(tensors: Tensors, shape: torch.Size, stabilized: bool, whole_rank: int | None) -> Change:
-    """Raises one of several errors where shapes do not fit."""
-    tensors = dict(tensors)
-    alpha = tensors.pop("alpha", None)
-    by_output, either = tensors.pop("magnitude", None), tensors.pop("dora_scale", None)
-
-    def scale(rank: int) -> float:
-        return 1.0 if alpha is None else alpha.item() / (math.sqrt(rank) if stabilized else rank)
-
-    if "diff" in tensors:
-        return Full(**tensors)
-    if "up" in tensors:
-        tensors["up"] = tensors["up"].flatten(1)
-        change = LowRank(**tensors, scale=scale(tensors["up"].shape[1]))
-    elif "hada_w1_b" in tensors:
-        change = Hadamard(_named(tensors, "hada_"), scale(len(tensors["hada_w1_b"])))
-    else:
-        factors = _named(tensors, "lokr_")
-        rank = kronecker_rank(factors)
-        if not rank and whole_rank:
-            factors["w1"] = factors["w1"] * scale(whole_rank)
-        change = Kronecker(factors, scale(rank) if rank else 1.0)
-    if by_output is not None:  # PEFT's, in whatever shape
-        return DoRA(change, by_output.view(shape[0], *[1] * (len(shape) - 1)))
-    return change if either is None else DoRA(change, _magnitude(either, shape))
-
-
-def _named(tensors: Tensors, prefix: str) -> Tensors:
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-
-
-def _magnitude(found: Tensor, shape: torch.Size) -> Tensor:
-    """By its shape, since LyCORIS wrote both: (O 1 ...) one for each output; (1 I ...) one for each input, at first."""
-    rows = found.numel() == shape[0] == len(found)
-    return found.view((shape[0], *[1] * (len(shape) - 1)) if rows else (1, shape[1], *[1] * (len(shape) - 2)))

@@ -5,6 +5,7 @@
     kohya, text            lora_te_text_model_encoder_layers_0_self_attn_q_proj; with two: lora_te1_, lora_te2_
     diffusers              unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q; text_encoder..., _2...
     PEFT                   base_model.model.down_blocks.0...                  (of one network, without its name)
+    ComfyUI                diffusion_model.input_blocks.4.1...; text_encoders.clip_l.transformer.text_model...
 
 So each layer has one dotted name in each layout of its weights, and a key of a file is found by looking it up.
 """
@@ -28,6 +29,8 @@ from ldm.weights.ledger import Names
 
 NETWORK = "network"  # the denoiser's slot
 NO_BASE = ("autoencoder",)  # slots that adapters leave alone
+SINGLE = ("cond_stage_model.transformer.", "cond_stage_model.model.")  # where original files have a text encoder
+SEVERAL = ("conditioner.embedders.{}.transformer.", "conditioner.embedders.{}.model.")  # or two
 TABLES: dict[type[nn.Module], tuple[Callable[[Iterable[str]], Names], ...]] = {  # the layout of diffusers first
     UNet: (unet.diffusers_names, unet.original_names),
     DiT: (dit.diffusers_names, dit.original_names),
@@ -83,15 +86,19 @@ def prefixes(networks: Networks) -> dict[str, Prefix]:
     found = {}
     for slot, net in adaptable(networks).items():
         number = texts.index(slot) + 1 if slot in texts else 0
+        comfy = f"text_encoders.{slot}.transformer."
         if not number:
             kind = "unet" if isinstance(net, UNet) else "transformer"
             others = ("", "diffusion_model.", "model.diffusion_model.")
-            found[slot] = Prefix((f"{kind}.", *others), ("lora_unet_", "lora_transformer_", "lycoris_"))
+            flat = ("lora_unet_", "lora_transformer_", "lycoris_", "oft_unet_")
+            found[slot] = Prefix((f"{kind}.", *others), flat)
         elif len(texts) == 1:
-            found[slot] = Prefix(("text_encoder.", "text_encoder_2.", ""), ("lora_te_", "lora_te1_", "lora_te2_"))
+            dotted = ("text_encoder.", "text_encoder_2.", "", comfy, *SINGLE)
+            found[slot] = Prefix(dotted, ("lora_te_", "lora_te1_", "lora_te2_", "lycoris_", "oft_te_"))
         else:
             end = "" if number == 1 else f"_{number}"
-            found[slot] = Prefix((f"text_encoder{end}.",), (f"lora_te{number}_",))
+            dotted = (f"text_encoder{end}.", comfy, *(start.format(number - 1) for start in SEVERAL))
+            found[slot] = Prefix(dotted, (f"lora_te{number}_", f"oft_te{number}_"))
     return found
 
 

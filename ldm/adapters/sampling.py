@@ -38,6 +38,7 @@ class Patch:
     window: Sequence[float] = ALWAYS  # the share of the schedule in which it acts
     mask: str | Tensor | None = None  # a picture, or 3 H W uint8: it acts where that is white
     name: str | None = None  # None: that of the file
+    strict: bool = True  # False: keys that match nothing in the base are left out, and named
 
     def __post_init__(self):
         self.scale = check_scale(self.path, self.scale)
@@ -127,7 +128,7 @@ class Attached:
         name = patch.name or Loaded(patch.path).name
         while any(lora.name == name for lora in self.loras):
             name += "_"
-        lora = Loaded(patch.path, patch.scale, name)
+        lora = Loaded(patch.path, patch.scale, name, strict=patch.strict)
         changed = lora.inject(networks_of(self.objective))
         self.loras.append(lora)
         merges = self.composition == "merge" and patch.can_merge and not self.regions
@@ -137,7 +138,8 @@ class Attached:
             self.live[lora] = patch
         counts = ", ".join(f"{count} modules of {slot}" for slot, count in changed.items())
         how = "merged" if merges else f"composed ({'by regions' if self.regions else self.composition})"
-        self.report.append(f"lora {patch.path}: {counts}; scale {patch.scale:g}, {how}")
+        notes = "".join(f"; {note}" for note in lora.notes)
+        self.report.append(f"lora {patch.path}: {counts or 'nothing is changed'}; scale {patch.scale:g}, {how}{notes}")
 
     def _control(self, component: str, hint: Hint) -> Control:
         p = next(self.base.parameters())
