@@ -94,7 +94,8 @@ def test_pictures_of_readmes_commands_show_their_prompts(command, photos, tmp_pa
         [read_png_text(file)["prompt"] for file in files],
     )
     right = judge(images, prompts)
-    names = ["shape", "colour"] if "mask=" in command else ["all"]  # what is kept outside a mask is an object too
+    # What is kept outside a mask is an object too, more than training shows of them, and the new one is paler.
+    names = ["shape", "position"] if "mask=" in command else ["all"]
     for name in names:
         assert right[name].all(), [prompt for prompt, good in zip(prompts, right[name], strict=True) if not good]
 
