@@ -15,8 +15,8 @@ from ldm.utils.seeding import keys
 
 class NewShapeAccuracy:
     """Shares of images that show the new shape: "new_shape" of the instances' captions, "new_shape_in_context" of looks
-    that no instance had ("new_prompt_accuracy": and all else that is said). Of old shapes, whole captions that are held out:
-    see `PromptAccuracy`."""
+    that no instance had ("new_prompt_accuracy": and all else that is said). Of old shapes, whole captions
+    that are held out: see `PromptAccuracy`."""
 
     def __init__(self, shape: str = "crescent", num_images: int = 64, num_prompts: int = 256, seed: int = 0):
         self.shape, self.num_images, self.seed = shape, num_images, seed
