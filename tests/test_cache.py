@@ -1,6 +1,8 @@
 """Stored latents and texts: the same training without the encoders, never from other weights or images, never half."""
 
 import copy
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -167,6 +169,18 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DataError, match="cannot be written .*what is counted in it is safe"):
         table.append({"a": torch.zeros(1)})
+
+
+def test_who_may_write_goes_on_without_locks_and_takes_away_what_was_left(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    left = tmp_path / "x" / "bucket-00" / f".tmp-{2**40}-header.json"  # no process has such a number
+    left.parent.mkdir(parents=True)
+    left.touch()
+    with exclusive(tmp_path / "x"):
+        assert not left.exists()
 
 
 def test_writers_take_turns(tmp_path):

@@ -3,25 +3,31 @@
 import copy
 import json
 import math
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import toy
+from make_fixtures import STEPS, command
 from torch import nn
 
 from ldm.io.tensors import read_tensors
+from ldm.training.distributed import ALONE
 from ldm.training.ema import EMA
 from ldm.training.logging import Isolated, MetricsLog
 from ldm.training.loop import Hooks, Trainer, fit, gradients, micro_batch, prepare
 from ldm.training.optim import adamw, clip_and_step, constant, cosine, set_lr
 from ldm.training.run import RunDirectory
 from ldm.training.signals import Interrupted
-from ldm.utils.errors import ConfigError, DataError, LdmError, NonFiniteError
+from ldm.utils.errors import CheckpointError, ConfigError, DataError, LdmError, NonFiniteError
 from ldm.utils.seeding import key
+from train import train
 
 CPU = torch.device("cpu")
+FIXTURES = Path(__file__).with_name("fixtures")
 OFF = torch.amp.GradScaler("cpu", enabled=False)
 
 
@@ -405,6 +411,26 @@ def test_metrics_forget_what_came_after_the_checkpoint(tmp_path):
     log.write({"step": 4})
     assert path.read_bytes() == b"".join(lines[:2]) + b'{"step": 4}\n'
     assert log.last == {"step": 4, "a": 1, "b": 2}
+
+
+def test_a_refused_command_changes_nothing(tmp_path):
+    run = Path(shutil.copytree(FIXTURES / "0.1/cascade", tmp_path / "run"))
+    (run / "config.yaml").write_text("seed: 0\n")
+
+    def refused(error, message, **network):
+        cfg = command("cascade", STEPS + 1)
+        cfg["network"] |= network
+        with pytest.raises(error, match=message):
+            train(cfg, run, CPU, ALONE)
+
+    refused(CheckpointError, "not the network built here", channels=[16])
+    with RunDirectory(run).lock():
+        child = toy.forked(refused, ConfigError, "is being written by process")
+        assert toy.wait(child) == 0
+    assert (run / "config.yaml").read_text() == "seed: 0\n"
+    assert {path.name for path in run.iterdir()} == {"0.png", "1.png", "checkpoints", "config.yaml", "run.lock"}
+    train(command("cascade", STEPS + 1), run, CPU, ALONE)
+    assert "steps: 41" in (run / "config.yaml").read_text()
 
 
 def test_training_outside_the_main_thread_works(tmp_path):

@@ -8,7 +8,6 @@
 So a table is good at any moment: a kill costs the rows since the last commit. Nothing here deletes a file.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -31,6 +30,7 @@ from torch.utils.data import Dataset, Subset
 
 from ldm.data.images import ImageFolder
 from ldm.data.loader import facts, fetch, groups
+from ldm.io.files import hold, sweep_temporaries
 from ldm.io.text import read_json, write_json
 from ldm.utils.errors import DataError, in_a_line
 
@@ -239,7 +239,8 @@ def exclusive(directory: Path) -> Iterator[None]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with open(directory / "lock", "a") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX)
+            hold(file, wait=True)
+            sweep_temporaries(directory, *(path for path in directory.iterdir() if path.is_dir()))
             yield
     except OSError as error:
         raise DataError(f"cache={directory.parent} cannot be used ({error.strerror or error})") from error

@@ -103,14 +103,17 @@ def sweep_temporaries(*folders: Path) -> None:
 
     A name tells which process began it: those of living ones stay for a day.
     """
-    for folder in folders:
-        with suppress(OSError):
-            for path in folder.glob(".tmp-*"):
-                if (match := _TEMPORARY.fullmatch(path.name)) and _is_left(path, int(match[1] or match[2])):
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for path in (path for folder in folders for path in folder.glob(".tmp-*")):
+        with suppress(OSError):  # or it stays
+            if _is_left(path):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _is_left(path: Path, process: int) -> bool:
+def _is_left(path: Path) -> bool:
+    match = _TEMPORARY.fullmatch(path.name)
+    if not match:
+        return False
+    process = int(match[1] or match[2])
     if process == os.getpid() or path.lstat().st_mtime < time.time() - DAY:  # containers give out the same numbers
         return True
     try:

@@ -24,6 +24,7 @@ from ldm.io.checkpoints import (
     read_object,
     sha256,
     step_directory,
+    steps,
     verify,
     whole,
 )
@@ -68,7 +69,7 @@ def save(
 
     def write(temporary: Path) -> None:
         write_tensors(temporary / "model.safetensors", trained, metadata)
-        if frozen and not any(_link_frozen(older, temporary, digest) for older in whole(run.checkpoints)[1:]):
+        if frozen and not any(_link_frozen(older, temporary, digest) for older in _not_newest(run.checkpoints)):
             write_tensors(temporary / "frozen.safetensors", frozen)
         if ema:
             write_tensors(temporary / "ema.safetensors", ema.state_dict(), metadata)
@@ -107,11 +108,17 @@ def _digest(frozen: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _link_frozen(previous: Path, temporary: Path, digest: str) -> bool:
-    """Share an older checkpoint's file of frozen tensors if it is intact and they have not changed since.
+def _not_newest(parent: Path) -> list[Path]:
+    """Checkpoints whose file of frozen tensors a new one may share: two files take turns.
 
-    It is never that of the newest one: two files take turns, so that one flipped bit leaves every second checkpoint.
+    Never the newest whole one's, so that one flipped bit cannot damage the two newest.
     """
+    newest = whole(parent)[:1]
+    return [directory for _, directory in steps(parent) if directory not in newest]
+
+
+def _link_frozen(previous: Path, temporary: Path, digest: str) -> bool:
+    """Share a previous checkpoint's file of frozen tensors if it is intact and they have not changed since."""
     name = "frozen.safetensors"
     try:
         entry = verify(previous, content=False)["files"].get(name)

@@ -117,9 +117,7 @@ def fit(
             torch.manual_seed(key(seed, "model", step, world.rank))
             lr = set_lr(optimizer, lr_schedule(step, trainer.steps))
             with session.rescue(step - 1, report):
-                batch = world.each(lambda: next(batches))
-                with world.together():
-                    loss, logs = gradients(model, batch, trainer, session.scaler)
+                loss, logs = gradients(model, world.each(lambda: next(batches)), trainer, session.scaler)
                 bad = world.any(~loss.isfinite())
             norm, skipped = clip_and_step(optimizer, session.scaler, trainer.clip_norm, bad)
             if ema:
@@ -129,8 +127,7 @@ def fit(
                 report.step(step, {**logs, "loss": loss, "lr": lr, "grad_norm": norm})
                 number = world.agree(signals.number)
                 session.save(step, report, stop=number > 0)
-            if number:
-                signals.leave(number)
+            signals.leave(number)
         return report.summary(objective)
 
 
@@ -249,7 +246,8 @@ class Session:
     def rescue(self, step: int, report: Report) -> Iterator[None]:
         """Keep the finished `step` when the next one cannot be computed: for want of data, memory, another rank."""
         try:
-            yield
+            with self.world.together():
+                yield
         except (CheckpointError, NonFiniteError):  # nothing that could be kept
             raise
         except Exception as error:

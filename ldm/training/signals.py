@@ -48,7 +48,12 @@ class Signals:
             self.cutting = False
 
     def leave(self, number: int) -> None:
-        """End as the signal asked: by whoever handled it before us, such as a scheduler's requeue, else by exiting."""
+        """End as the signal asked: by whoever handled it before us, such as a scheduler's requeue, else by exiting.
+
+        Stay where there was none, number 0.
+        """
+        if not number:
+            return
         previous = self.previous.get(number)
         if callable(previous) and previous is not signal.default_int_handler:
             previous(number, None)
