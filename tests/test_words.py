@@ -144,6 +144,11 @@ def test_settings_that_nothing_reads_are_refused(word, says, capsys):
     assert code == 2 and says in line
 
 
+def test_sweeps_over_all_options_pass():
+    words = ["-m", "sampler=glob(*)", "times=glob(*,exclude=lcm)", "guidance=cfg,none", "threshold=choice(none,static)"]
+    assert readable(words, "sample") == [*words[1:], "-m"]
+
+
 def test_new_arguments_of_what_is_built_can_be_added():
     assert readable(["+lr_schedule.warmup_fraction=1", "++seed=3", "+hydra.job.x=1"], "train")
 

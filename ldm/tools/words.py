@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString, Sweep
 from hydra.errors import HydraException
 
 from ldm.build import compose, config_dir
@@ -175,10 +175,8 @@ def check(word: str, config_name: str, cfg: Callable[[], dict]) -> None:
 
 def chosen(override: Override) -> list:
     """The options that a word chooses of its group, of a sweep all; what is no name of one as the value it is."""
-    if override.is_choice_sweep():
-        values = list(override.sweep_iterator())
-    else:
-        values = [] if override.is_sweep_override() else [override.value()]
+    value = override.value()
+    values = value.list if isinstance(value, ChoiceSweep) else [] if isinstance(value, Sweep | Glob) else [value]
     flat = [option for value in values for option in (value if isinstance(value, list) else [value])]
     return [option.text if isinstance(option, QuotedString) else option for option in flat]
 
