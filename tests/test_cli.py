@@ -142,7 +142,7 @@ def test_a_sweep_over_all_options_leaves_out_what_does_not_fit(run, tmp_path, ca
     assert "sampler=ddpm_learned" in printed.err and "left out: a learned variance" in printed.err
     assert f"{tmp_path / 'a'}; if stopped, to continue: " in printed.out
     assert len(list((tmp_path / "a").glob("*/grid.png"))) == 2
-    code, line = refused(sample, capsys, *words, "sampler=glob(ddpm_l*)", f"out={tmp_path / 'b'}")
+    code, line = refused(sample, capsys, *words, "sampler=glob(ddpm_le*)", f"out={tmp_path / 'b'}")
     assert code == 2 and "left out" not in line, "nothing fitted"
     code, line = refused(sample, capsys, *words, "sampler=ddpm_learned,ddim", f"out={tmp_path / 'c'}")
     assert code == 2 and "a learned variance" in line, "what was named must be done"

@@ -66,6 +66,8 @@ def test_other_values_that_hydra_cannot_read_are_text(monkeypatch):
     monkeypatch.setenv("HOME", "/home/josé")
     assert meant("run=~/runs/a b's #1") == "/home/josé/runs/a b's #1"
     assert meant("run=runs/x (1)/é=2") == "runs/x (1)/é=2"
+    assert meant("run=2024") == "2024" and meant("out=1e5") == "1e5" and meant("run=null") is None
+    assert meant("run={x}") == "{x}" and meant("run=runs/[a]") == "runs/[a]" and meant("run=[a") == "[a"
     lora = meant("lora=[{path: ~/é (1).safetensors, scale: 0.8}, 'b, c.safetensors']")
     assert lora == [{"path": "/home/josé/é (1).safetensors", "scale": 0.8}, "b, c.safetensors"]
     assert quoted("hydra.run.dir=~/x", False) == "hydra.run.dir='/home/josé/x'"
@@ -109,6 +111,7 @@ def test_commas_part_the_values_of_a_sweep():
         (["--image-size", "64"], "type image_size=64"),
         (["--name", "a b"], 'type name="a b"'),
         (["data=photos/cats"], "data=folder data.path=photos/cats"),
+        (["data.path=photos"], "data=folder data.path="),
         (["seed=0,1"], "type -m seed=0,1"),
         (["seed=range(0,3)"], "type -m seed=range(0,3)"),
         (["name=a", "red", "circle"], "'red' is not a setting"),
@@ -139,6 +142,11 @@ def test_the_answer_shows_what_to_type(words, says, capsys):
 def test_settings_that_nothing_reads_are_refused(word, says, capsys):
     code, line = refused(sample, capsys, word, "--cfg", "job")
     assert code == 2 and says in line
+
+
+def test_sweeps_over_all_options_pass():
+    words = ["-m", "sampler=glob(*)", "times=glob(*,exclude=lcm)", "guidance=cfg,none", "threshold=choice(none,static)"]
+    assert readable(words, "sample") == [*words[1:], "-m"]
 
 
 def test_new_arguments_of_what_is_built_can_be_added():

@@ -93,8 +93,9 @@ class Command:
             return
         place = f"hydra.{'sweep' if several else 'run'}.dir={_short(path.parent if several else path)}"
         words = [word for word in self.words if word.partition("=")[0] != place.partition("=")[0]]
+        words += [] if several and any(word.startswith("out=") for word in words) else [place]  # of sample.py
         python = "python" if shutil.which("python") == sys.executable else _short(Path(sys.executable))
-        typed = shlex.join([python, self.program, *words, place])
+        typed = shlex.join([python, self.program, *words])
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
         self.again = f"to continue: {typed}" if alone else f"to continue: the same torchrun command with {place}"
         print(f"{place.partition('=')[2]}; if stopped, {self.again}", flush=True)

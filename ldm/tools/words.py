@@ -1,7 +1,8 @@
 """The words of a command as people type them -> as Hydra reads them, or one line that says what to type instead.
 
 Hydra's grammar has a meaning of its own for ' # ( ~ and knows no accents. A value that it cannot read is text, and is
-put in quotes for it. Prompts are always text, so that commas, weights (a cat:1.3) and numbers in them stay as they are.
+put in quotes for it. Prompts are always text, so that commas, weights (a cat:1.3) and numbers in them stay as they are;
+so are paths that look like numbers.
 """
 
 import os
@@ -11,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString, Sweep
 from hydra.errors import HydraException
 
 from ldm.build import compose, config_dir
@@ -19,6 +20,8 @@ from ldm.utils.errors import ConfigError
 from ldm.utils.suggest import effective, nearest, unknown_option, unknown_setting
 
 TEXTS = {"prompts", "negative"}  # settings that are texts, or lists of them
+PATHS = {"run", "weights", "out", "image", "mask", "vae", "text_encoder", "text_encoder_2", "embeddings", "tokenizer",
+         "refiner", "base", "teacher", "resume", "cache", "data.path", "codec.run", "name"}  # fmt: skip
 ALONE = {"--hydra-help", "--version", "--resolve", "-r", "--run", "-m", "--multirun", "-sc", "--shell-completion"}
 WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir",
               "-i", "--info", "--experimental-rerun"}  # fmt: skip
@@ -61,10 +64,13 @@ def quoted(word: str, several: bool) -> str:
     """A setting whose value Hydra can read. In a sweep (`several`) commas part its values."""
     key, equals, value = word.partition("=")
     is_text = key.rpartition(".")[2] in TEXTS
+    if key in PATHS and isinstance(_parsed(word) and _parsed(word).value(), int | float):
+        return f"{key}={_quote(value)}"
     if not equals or (not is_text and _reads(value)) or (several and SWEEP.fullmatch(value)):
         return word
-    parts = split(value) if several else [value]
-    return f"{key}={','.join(_value(part.strip(), is_text) for part in parts)}"
+    parts = [part.strip() for part in (split(value) if several else [value])]
+    read = [_value(part, is_text) for part in parts]
+    return f"{key}={','.join(new if _reads(new) else _quote(old) for new, old in zip(read, parts, strict=True))}"
 
 
 def _value(value: str, is_text: bool) -> str:
@@ -169,10 +175,8 @@ def check(word: str, config_name: str, cfg: Callable[[], dict]) -> None:
 
 def chosen(override: Override) -> list:
     """The options that a word chooses of its group, of a sweep all; what is no name of one as the value it is."""
-    if override.is_choice_sweep():
-        values = list(override.sweep_iterator())
-    else:
-        values = [] if override.is_sweep_override() else [override.value()]
+    value = override.value()
+    values = value.list if isinstance(value, ChoiceSweep) else [] if isinstance(value, Sweep | Glob) else [value]
     flat = [option for value in values for option in (value if isinstance(value, list) else [value])]
     return [option.text if isinstance(option, QuotedString) else option for option in flat]
 

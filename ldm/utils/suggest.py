@@ -52,6 +52,8 @@ def _keys(cfg: dict, prefix: str = "") -> list[str]:
 
 def unknown_setting(name: str, cfg: dict) -> str:
     """The line for a name that is no setting of a config."""
+    if name == "data.path":
+        return "this data has no path; for a folder of your own: data=folder data.path=FOLDER"
     return f"there is no setting '{name}'" + nearest(name, effective(cfg, name))
 
 
