@@ -41,7 +41,6 @@ def train_in(run, cfg: dict, device, world) -> dict:
     from ldm.build import build_held_out, make, write_config
     from ldm.data.loader import batches
     from ldm.tools.class_images import check_reads_text, with_class_images
-    from ldm.tools.dataset import report_data
     from ldm.tools.previews import Previews
     from ldm.tools.profile import profiled
     from ldm.training.distill import DistillationObjective
@@ -51,8 +50,6 @@ def train_in(run, cfg: dict, device, world) -> dict:
     path, resume = run.path, run.resume and str(run.resume)
     trainer, data = make(cfg["trainer"], "trainer"), make(cfg["data"], "data")
     data = with_class_images(cfg, data, path, device, world) if cfg["dreambooth"] else data
-    if world.is_main:
-        report_data(data, path)
     objective, adapters, network, images, run.files = assemble(cfg, data, path, resume, device, world)
     if cfg["dreambooth"]:
         check_reads_text(objective)
@@ -85,12 +82,14 @@ def assemble(cfg: dict, data, path: Path, resume: str | None, device, world) -> 
 
     from ldm.build import build_adapters, build_conditioner, build_objective
     from ldm.tools.begin import begin_run
-    from ldm.tools.dataset import check_conditions
+    from ldm.tools.dataset import check_conditions, report_data
     from ldm.tools.precompute import precompute
     from ldm.utils.seeding import key
 
     start = begin_run(cfg, path, resume)
     cfg.update(start.config)
+    if world.is_main:
+        report_data(data, path)
     check_conditions(data, cfg["conditioner"], start.stored.get("conditioner", {}), loose=bool(cfg["weights"]))
     codec, cfg["codec"] = build_first_stage(cfg, start.stored, path, data, device, world, start.networks)
     torch.manual_seed(key(cfg["seed"], "init"))

@@ -17,6 +17,7 @@ from ldm.data.images import ImageFolder
 from ldm.data.loader import batches, groups
 from ldm.data.transforms import resize_crop
 from ldm.io.images import read_image, read_size
+from ldm.metrics.held_out import spread, spread_batch
 from ldm.utils.errors import ConfigError
 
 # --- the table
@@ -145,6 +146,14 @@ def test_a_broken_image_is_replaced_in_its_bucket_s_shape(tmp_path, cache):
     assert {data.samples[i].name for i, item in enumerate(shown) if item["index"] != i} == {"wide0.png", "square1.png"}
     for batch in itertools.islice(batches(data, 3, seed=1), 8):
         assert batch["image"].shape[0] == 3
+
+
+def test_metrics_and_scales_of_images_of_many_shapes(tmp_path):
+    data = ImageFolder(folder(tmp_path, 3), image_size=32, buckets=True, bucket_step=8)
+    batch = spread_batch(data, 8)
+    assert batch["image"].shape == (3, 3, *data.shapes[int(data.groups.mode().values)]) and len(spread(data, 8)) == 8
+    plain = ImageFolder(tmp_path, image_size=16)
+    assert spread(plain, 5).tolist() == [0, 2, 4, 6, 8] and spread_batch(plain, 20)["image"].shape[0] == 12
 
 
 # --- order

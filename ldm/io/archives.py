@@ -33,18 +33,27 @@ def open_folder(path: str | os.PathLike) -> "DiskFolder | ZipFolder":
 
 def read_members(path: str | os.PathLike, wanted: Callable[[str], object]) -> Iterator[tuple[str, bytes]]:
     """Names and bytes of the wanted files of a folder, a .zip or a .tar, one after another. Raises DataError."""
-    if not tarfile.is_tarfile(path) if Path(path).is_file() else True:
+    path = Path(path)
+    if not (path.is_file() and tarfile.is_tarfile(path)):
         folder = open_folder(path)
-        for name in filter(wanted, folder.names):
-            yield name, folder.read(name, max_bytes=MAX_MEMBER)
+        yield from ((name, folder.read(name, max_bytes=MAX_MEMBER)) for name in folder.names if wanted(name))
         return
     try:
         with tarfile.open(path, "r|*") as archive:
-            for entry in archive:
-                if entry.isreg() and entry.size <= MAX_MEMBER and wanted(entry.name):
-                    yield entry.name, archive.extractfile(entry).read()
+            members = (entry for entry in archive if entry.isreg() and entry.size <= MAX_MEMBER and wanted(entry.name))
+            yield from ((entry.name, archive.extractfile(entry).read()) for entry in members)
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged or cut short ({error})") from error
+
+
+def write_zip(path: str | os.PathLike, files: Iterable[tuple[str, bytes]]) -> int:
+    """Write files into a new zip, as they are, without times or owners; returns how many."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        count = 0
+        for name, data in files:
+            archive.writestr(zipfile.ZipInfo(name), data)
+            count += 1
+    return count
 
 
 def readable(name: str) -> str:

@@ -110,8 +110,7 @@ def _opened(source: str | os.PathLike | bytes, name: str | None, max_pixels: int
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(image.size, max_pixels)
-                if image.format == "TIFF":
-                    _check_size((image.tag_v2.get(TILE_WIDTH, 1), image.tag_v2.get(TILE_LENGTH, 1)), max_pixels)
+                _check_tile(image, max_pixels)
                 yield image
     except Exception as error:  # decoders end in any of a dozen types
         reason = str(error).replace("\n", " ") or type(error).__name__
@@ -155,6 +154,14 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise ValueError(f"{width} x {height} pixels, at most {max_pixels:,} are decoded")
     if max(size) > MAX_ASPECT * min(size):
         raise ValueError(f"{width} x {height} pixels, an aspect ratio above {MAX_ASPECT}")
+
+
+def _check_tile(image: Image.Image, max_pixels: int) -> None:
+    """Refuse a TIFF whose tiles, in which it is decoded, are far larger than itself."""
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    width, height = tags.get(TILE_WIDTH, 1), tags.get(TILE_LENGTH, 1)
+    if width * height > max_pixels:
+        raise ValueError(f"tiles of {width} x {height} pixels, at most {max_pixels:,} are decoded")
 
 
 def _without_words(data: bytes) -> bytes:

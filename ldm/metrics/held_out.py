@@ -5,19 +5,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.data.loader import facts, fetch
+from ldm.data.loader import facts, fetch, groups
 from ldm.utils.errors import DataError
 
 
 def spread(data, count: int) -> Tensor:
-    """(count,) items evenly over a dataset; over again from its start where it has fewer."""
-    stride = max(1, len(data) // count)
-    return torch.arange(count) * stride % len(data)
+    """(count,) items evenly over a dataset, of its commonest bucket; over again from the start where it has fewer."""
+    items = _alike(data)
+    return items[torch.arange(count) * max(1, len(items) // count) % len(items)]
 
 
 def spread_batch(data, count: int) -> dict[str, Any]:
     """The batch of `count` items spread over a dataset, or of all where it has fewer; "index" says which they are."""
-    return fetch(data, spread(data, min(count, len(data))))
+    return fetch(data, spread(data, min(count, len(_alike(data)))))
+
+
+def _alike(data) -> Tensor:
+    """The items whose images can share a batch: all, or those of the commonest bucket."""
+    buckets = groups(data)
+    return torch.arange(len(data)) if buckets is None else (buckets == buckets.mode().values).nonzero().flatten()
 
 
 def prompts_of(data, items: Tensor, objective: nn.Module) -> list[str]:

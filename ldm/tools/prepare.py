@@ -15,18 +15,20 @@ import posixpath
 import re
 import sys
 import unicodedata
-import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.io.archives import read_members
+from ldm.io.archives import read_members, write_zip
 from ldm.io.cifar import CLASSES, read_batch, read_records
 from ldm.io.folders import appearing
 from ldm.io.text import decode_text, parse_json
 from ldm.utils.errors import DataError, LdmError
+
+Batches = list[tuple[np.ndarray, np.ndarray]]  # images N 3 32 32, labels N
 
 SKINS = {0x1F3FB: "light", 0x1F3FC: "medium-light", 0x1F3FD: "medium", 0x1F3FE: "medium-dark", 0x1F3FF: "dark"}
 JOINERS = {0x200D, 0xFE0F}
@@ -120,19 +122,18 @@ def prepare_cifar10(source: Path, dst: Path) -> int:
     with appearing(dst) as folder:
         test = [batches.pop("test_batch")]
         train = [batch for _, batch in sorted(batches.items())]
-        return _write_zip(folder / "train.zip", train) + _write_zip(folder / "test.zip", test)
+        return write_zip(folder / "train.zip", _files(train)) + write_zip(folder / "test.zip", _files(test))
 
 
-def _write_zip(path: Path, batches: list[tuple[np.ndarray, np.ndarray]]) -> int:
+def _files(batches: Batches) -> Iterator[tuple[str, bytes]]:
+    """class/number.png of every image."""
     counts = dict.fromkeys(CLASSES, 0)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for images, labels in tqdm(batches, f"writing {path.name}", unit=" batches", delay=2):
-            for image, label in zip(images, labels, strict=True):
-                kind, file = CLASSES[label], io.BytesIO()
-                Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG")
-                archive.writestr(zipfile.ZipInfo(f"{kind}/{counts[kind]:04d}.png"), file.getvalue())
-                counts[kind] += 1
-    return sum(counts.values())
+    for images, labels in tqdm(batches, "writing", unit=" batches", delay=2):
+        for image, label in zip(images, labels, strict=True):
+            kind, file = CLASSES[label], io.BytesIO()
+            Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG")
+            yield f"{kind}/{counts[kind]:04d}.png", file.getvalue()
+            counts[kind] += 1
 
 
 PREPARED = {"emoji": prepare_emoji, "cifar10": prepare_cifar10}
