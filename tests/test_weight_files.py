@@ -242,6 +242,11 @@ def test_heads_come_from_what_stands_beside_the_file(state, tmp_path, capsys):
     assert head_dims == [[8, 8], [16, 16], [16, 16]]
     guesses = [line for line in capsys.readouterr().err.splitlines() if "guessed" in line]
     assert "head_dim=[8, 8]" in "".join(guesses)
+    (tmp_path / "config.yaml").unlink()
+    (tmp_path / "compose.yaml").write_text("a: &a {b: 1}\nc: *a")  # another's
+    (tmp_path / "config.json").write_text('{"text": "${oc.env:HOME}"}')
+    load_model(path, "unet")
+    assert "compose.yaml" in capsys.readouterr().err
     net = DiT(4, sample_size=16, width=64, depth=1, num_heads=4, num_classes=5)
     save_model(randomised(net), tmp_path / "dit")
     row = COMPONENTS["dit"]
@@ -322,6 +327,13 @@ def test_files_that_are_something_else(name, content, words, tmp_path):
     one_line(error, name, words)
 
 
+def test_programs_are_named_and_not_run(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-L-14.pt")
+    with pytest.raises(WeightsError) as error:
+        load_model(tmp_path / "ViT-L-14.pt")
+    one_line(error, "ViT-L-14.pt", "TorchScript")
+
+
 def test_a_wrong_suffix_is_read_by_content(tmp_path):
     net = small()
     state = UNET.layouts["original"].write(net.state_dict())
@@ -344,6 +356,7 @@ def test_a_wrong_suffix_is_read_by_content(tmp_path):
         "add_embedding.image_norm.weight": "Kandinsky",
         "model.diffusion_model.input_blocks.1.1.time_stack.0.norm1.weight": "Stable Video Diffusion",
         "time_embedding.cond_proj.weight": "LCM",
+        "model.diffusion_model.time_embed.cond_proj.weight": "LCM",
         "edm_mean": "Playground",
         "model.diffusion_model.out.2.scale_weight": "fp8",
         "mid_block.attentions.0.to_q.weight.quant_state.bitsandbytes__nf4": "bitsandbytes",
@@ -354,7 +367,7 @@ def test_a_wrong_suffix_is_read_by_content(tmp_path):
 )
 def test_systems_that_are_not_built_are_named(key, words, state, tmp_path):
     assert words in looks_like({key: (2, 2)})
-    if key.startswith(("edm", "time_embedding")) or "scale_weight" in key:  # beside networks that are known
+    if any(word in key for word in ("edm_", "cond_proj", "scale_weight")):  # beside networks that are known
         path = saved(tmp_path / "a.safetensors", state | {key: torch.zeros(2)})
         for strict in (True, False):  # no tensor to be left out
             with pytest.raises(WeightsError) as error:

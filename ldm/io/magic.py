@@ -1,6 +1,7 @@
 """What a file of weights is by its first bytes, whatever its name says: downloads come under wrong names, or halves."""
 
 import os
+import zipfile
 from pathlib import Path
 
 from ldm.utils.errors import WeightsError
@@ -54,6 +55,14 @@ def format_of(path: str | os.PathLike) -> str:
     if suffix in (".safetensors", ".sft"):
         return "safetensors"
     raise WeightsError(f"{path}: expected a file ending in .safetensors {' '.join(PICKLES)}")
+
+
+def is_program(path: Path) -> bool:
+    """Whether a file of torch's is a TorchScript program, whose tensors are members of classes."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
 def _other(head: bytes, suffix: str) -> str | None:

@@ -4,6 +4,7 @@ A YAML of the authors' (`v1-inference.yaml`, sgm's `sd_xl_base.yaml`, DeepFloyd'
 the name of the file itself, as A1111 has it, or config.yaml, config.yml, config.json, or the only YAML in the folder.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ldm.utils.errors import DataError, WeightsError
 from ldm.weights.components import class_name, kind_of
 from ldm.weights.formats import Config
 from ldm.weights.formats_clip import WHOLE
+from ldm.weights.ledger import say
 
 YML = "config.yml"  # beside the one file of weights of a network, as DeepFloyd's authors publish theirs
 YAMLS = (".yaml", ".yml")
@@ -34,11 +36,30 @@ def yaml_of(path: Path) -> Path | None:
 def json_of(path: Path, kind: str) -> Config | None:
     """The config.json that describes the network of this kind in a file, where there is one."""
     for file in (path.with_suffix(".json"), path.parent / "config.json"):
-        config = config_of(file) if file.is_file() else {}
+        config = _perhaps(file, path, config_of) if file.is_file() else {}
         is_whole = kind.startswith("clip_") and class_name(config) == WHOLE
-        if config and (is_whole or kind_of(config) == kind):
+        if config and (is_whole or _kind(config) == kind):
             return config
     return None
+
+
+def _kind(config: Config) -> str | None:
+    """The kind of network that a config.json describes; None for any other."""
+    try:
+        return kind_of(config)
+    except WeightsError:
+        return None
+
+
+def _perhaps(file: Path, weights: Path, read: Callable[[Path], Config]) -> Config:
+    """What a file says that may describe the weights beside it: one that is not named after them may be another's."""
+    try:
+        return read(file)
+    except WeightsError as error:
+        if file.stem == weights.stem:
+            raise
+        say(f"{error}; it is left aside")
+        return {}
 
 
 def config_of(file: Path) -> Config:
@@ -77,7 +98,7 @@ def settings_of(path: Path) -> Config:
 def _model(path: Path) -> Config:
     """`model.params` of a YAML beside a file; nothing where it is of another program."""
     file = yaml_of(path)
-    return _table(_table(_yaml(file), "model"), "params") if file else {}
+    return _table(_table(_perhaps(file, path, _yaml), "model"), "params") if file else {}
 
 
 def _table(config: Config, name: str) -> Config:

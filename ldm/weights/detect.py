@@ -7,6 +7,7 @@ from ldm.weights.formats import Shapes
 from ldm.weights.ledger import listing
 from ldm.weights.parts import find_parts
 
+MAX_LINES = 1 << 20  # characters of names that are looked at; the longest published file has a third of that
 ADDITIONS: dict[str, str] = {  # a piece of a key -> what has such keys; the first row that matches
     r"lora_(up|down|A|B|unet|te)|\.lora[._]|lora_layer|hada_w|lokr_w|oft_": "a LoRA, to be put in a base (lora=FILE)",
     r"^ip_adapter\.|^image_proj\.": "an IP-Adapter, an addition to a base model",
@@ -103,7 +104,7 @@ def stranger(keys: Iterable[str]) -> str | None:
 
 
 def _first_row(table: dict[str, str], keys: Iterable[str]) -> str | None:
-    lines = "\n".join(keys)
+    lines = "\n".join(keys)[:MAX_LINES]
     return next((words for pattern, words in table.items() if re.search(pattern, lines, re.MULTILINE)), None)
 
 

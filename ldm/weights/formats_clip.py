@@ -134,7 +134,8 @@ def text_used(arguments: Config, layout: str) -> Config:
     has there, stops before the last block."""
     if not arguments["projected"]:
         return arguments
-    return arguments | {"projected": False, "depth": arguments["depth"] - (layout == "open_clip")}
+    is_h = layout == "open_clip" or arguments["width"] == OPEN_CLIP_WIDTHS[0]  # under transformers' names too
+    return arguments | {"projected": False, "depth": arguments["depth"] - is_h}
 
 
 def vision_from_config(config: Config) -> Config:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm.io.magic import PICKLES, format_of
+from ldm.io.magic import PICKLES, format_of, is_program
 from ldm.io.stored import Stored, index_tensors
 from ldm.io.tensors import read_header
 from ldm.io.text import read_config
@@ -115,6 +115,8 @@ class Contents(NamedTuple):
 def _contents(path: Path, how: How) -> Contents:
     index = index_tensors(path)
     parts, unknown, averages = find_parts(index, ema=how.ema)
+    if not index and is_program(path):
+        raise WeightsError(f"{path}: a TorchScript program, which is not run; get the .safetensors of the same weights")
     if not parts:
         raise WeightsError(f"{path}: {looks_like(shapes_of(index))}; expected weights of a known layout")
     if unknown:
