@@ -62,7 +62,7 @@ CONFIGS = {
         said("DPMSolverMultistep", solver_order=order, solver_type=solver, algorithm_type=algorithm, **final)
         for order in (1, 2, 3)
         for solver in ("midpoint", "heun")
-        for algorithm, final in {"dpmsolver++": {}, "dpmsolver": MIN, "sde-dpmsolver++": {}, "sde-dpmsolver": MIN}.items()
+        for algorithm, final in (("dpmsolver++", {}), ("dpmsolver", MIN), ("sde-dpmsolver++", {}), ("sde-dpmsolver", MIN))  # noqa: E501
         if order < 3 or "sde" not in algorithm
     ],
     "ends of dpm-solver": [said("DPMSolverMultistep", solver_order=3, lower_order_final=False),
@@ -70,7 +70,7 @@ CONFIGS = {
     "orders of unipc": [said("UniPCMultistep", solver_order=order, **ends) for order in (1, 2, 3)
                         for ends in ({}, MIN | {"lower_order_final": False})],
     "lcm": [said("LCM"), said("LCM", original_inference_steps=40)],
-    "clipped": [said(name, clip_sample=True, clip_sample_range=0.7) for name in ("DDIM", "DDPM", "LCM", "HeunDiscrete")],
+    "clipped": [said(name, clip_sample=True, clip_sample_range=0.7) for name in ("DDIM", "DDPM", "LCM", "HeunDiscrete")],  # noqa: E501
     "thresholded": [said(name, thresholding=True, sample_max_value=1.5, dynamic_thresholding_ratio=0.8)
                     for name in ("DDIM", "DDPM", "LCM", "DPMSolverMultistep", "UniPCMultistep")],
     "v": [said("DDIM", **V, **FREE), said("PNDM", **V, **PLMS), *(said(name, **V) for name in (
