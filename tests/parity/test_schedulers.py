@@ -62,7 +62,7 @@ CONFIGS = {
         said("DPMSolverMultistep", solver_order=order, solver_type=solver, algorithm_type=algorithm, **final)
         for order in (1, 2, 3)
         for solver in ("midpoint", "heun")
-        for algorithm, final in (("dpmsolver++", {}), ("dpmsolver", MIN), ("sde-dpmsolver++", {}), ("sde-dpmsolver", MIN))  # noqa: E501
+        for algorithm, final in {"dpmsolver++": {}, "dpmsolver": MIN, "sde-dpmsolver++": {}, "sde-dpmsolver": MIN}.items()
         if order < 3 or "sde" not in algorithm
     ],
     "ends of dpm-solver": [said("DPMSolverMultistep", solver_order=3, lower_order_final=False),
