@@ -12,7 +12,7 @@ from ldm.generate import Refiner, Run, load_run
 from ldm.published import Options, load_published, parts_of, system_of
 from ldm.utils.devices import pick_device
 from ldm.utils.errors import ConfigError, WeightsError
-from ldm.weights.pipeline import PREDICTIONS, published_scheduler, read_scheduler, read_settings
+from ldm.weights.pipeline import PREDICTIONS, process_of, published_scheduler, read_scheduler, read_settings
 from ldm.weights.places import SYSTEMS
 from ldm.weights.schedulers import GRIDS, OF_SAMPLERS, drawn_by
 
@@ -30,10 +30,6 @@ DIFFUSERS = {  # what its pipelines draw with where nothing is said, by system o
     "if_iii_l": ["guidance.scale=4", "aug_level=0.25"],
 }
 OF_GRID = ("times", "sampler.even_steps", "sampler.combines", "dialect.start")
-OTHER_PROCESS = {
-    "edm": ["sampler=dpm_solver", "times=karras", "guidance.scale=3"],  # as Playground 2.5 is drawn
-    "flow": ["sampler=euler", "times=linspace", "guidance.scale=5"],
-}
 THEIRS = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 ADAPTERS = ("lora", "controlnet", "t2i_adapter", "composition", "every")
 OF_WEIGHTS = ("kind", "embeddings", "tokenizer", "dtype", "variant", "refiner", "prompt_weights")  # no run has them
@@ -49,12 +45,26 @@ def as_published(cfg: dict, given: Sequence[str]) -> dict:
     name = system_of(cfg["weights"], cfg["kind"], parts_of(cfg), Options(**cfg["published"]))
     chosen = {override.partition("=")[0].lstrip("+~") for override in given}
     theirs = [line for line in compose("train", [f"system={name}"])["sampling"] if not _is_replaced(line, chosen)]
-    process = read_settings(Path(cfg["weights"])).get("process") if Path(cfg["weights"]).is_dir() else None
-    if process:  # no table: the grids of the authors' programs are of none
-        theirs = [line for line in OTHER_PROCESS[process] if not _is_replaced(line, chosen)]
+    if others := without_table(Path(cfg["weights"])):
+        theirs = [line for line in others if not {line.partition("=")[0], line.partition(".")[0]} & chosen]
     elif "dialect=diffusers" in given and not name.startswith("sit"):  # which no pipeline of its draws
         theirs, given = as_diffusers(cfg, name, given)
     return {**compose("sample", [*theirs, *given]), "kind": name}
+
+
+def without_table(path: Path) -> list[str]:
+    """How a folder is drawn from whose scheduler is EDM's (Playground 2.5) or of a flow: no other grid fits it."""
+    config = read_scheduler(path) if path.is_dir() else {}
+    process = process_of(config).get("process")
+    if process == "flow":
+        return ["sampler=euler", "times=linspace"]
+    if process is None:
+        return []
+    grid = ["times=logsnr" if config.get("sigma_schedule") == "exponential" else "times=karras", "guidance.scale=3"]
+    if config["_class_name"] == "EDMEulerScheduler":
+        return ["sampler=euler", *grid, "+dialect.initial.karras=prior", "+dialect.initial.logsnr=prior"]
+    order = config.get("solver_order", 2)
+    return ["sampler=dpm_solver", f"sampler.order={order}", "sampler.lower_order_final=true", *grid]
 
 
 def as_diffusers(cfg: dict, system: str, given: Sequence[str]) -> tuple[list[str], list[str]]:
