@@ -257,6 +257,15 @@ def test_weights_reduce_to_plain_losses():
     assert weight(weighting.unit, prediction.V(), 0.3) == 1
 
 
+@pytest.mark.parametrize("length", [0, -1, 10**7, 10**12])
+def test_tables_and_grids_of_impossible_lengths_take_no_memory(length):
+    for table in (process.linear, process.scaled_linear, process.cosine):
+        with pytest.raises(ConfigError, match=f"process.T={length}: expected 1 to 1,000,000"):
+            table(length)
+    with pytest.raises(ConfigError, match=f"steps={length}: "):
+        times.trailing(process.VPCosine(), length)
+
+
 # --- configs -------------------------------------------------------------------------------------------------------
 
 

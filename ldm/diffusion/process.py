@@ -20,6 +20,7 @@ from torch import Tensor
 from ldm.utils.errors import ConfigError
 
 Number = float | Tensor
+MAX_LENGTH = 1_000_000  # of a table, or a grid of times
 
 
 class Process:
@@ -150,6 +151,7 @@ def linear(
     T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, zero_terminal_snr: bool = False
 ) -> DiscreteVP:
     """Betas on a line, §4 of arXiv:2006.11239."""
+    check_length("process.T", T)
     return from_betas(torch.linspace(beta_start, beta_end, T, dtype=torch.float64), zero_terminal_snr)
 
 
@@ -157,6 +159,7 @@ def scaled_linear(
     T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012, zero_terminal_snr: bool = False
 ) -> DiscreteVP:
     """Roots of the betas on a line: what the files of latent diffusion (arXiv:2112.10752) call "linear"."""
+    check_length("process.T", T)
     root = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), T, dtype=torch.float64)
     return from_betas(root.square(), zero_terminal_snr)
 
@@ -165,9 +168,16 @@ def cosine(
     T: int = 1000, offset: float = 0.008, max_beta: float = 0.999, zero_terminal_snr: bool = False
 ) -> DiscreteVP:
     """alpha_bar proportional to cos^2, betas capped: Eq. (17), arXiv:2102.09672."""
+    check_length("process.T", T)
     angle = (torch.arange(T + 1, dtype=torch.float64) / T + offset) / (1 + offset) * (math.pi / 2)
     alpha_bars = angle.cos().square()
     return from_betas((1 - alpha_bars[1:] / alpha_bars[:-1]).clamp(max=max_beta), zero_terminal_snr)
+
+
+def check_length(name: str, length: int) -> None:
+    """ConfigError for a table or grid that cannot be, before it takes memory."""
+    if not 1 <= length <= MAX_LENGTH:
+        raise ConfigError(f"{name}={length}: expected 1 to {MAX_LENGTH:,}")
 
 
 def respaced(process: DiscreteVP, spec: int | str) -> DiscreteVP:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ldm.diffusion.process import DiscreteVP, Process, space_indices
+from ldm.diffusion.process import DiscreteVP, Process, check_length, space_indices
 from ldm.utils.errors import ConfigError
 
 RESPACINGS = {  # of DeepFloyd IF, by the names its authors gave them: how many of each section, the cleanest first
@@ -174,6 +174,7 @@ def _check(process: Process, steps: int) -> None:
         raise ConfigError(f"steps={steps!r} must be a whole number; only times=respaced takes sections and ddim50")
     if steps < 1:
         raise ConfigError(f"steps={steps}: a sampler needs at least one step")
+    check_length("steps", steps)
     if process.num_steps is not None and steps > process.num_steps:
         raise ConfigError(f"steps={steps}: the process has {process.num_steps}; ask for 1 to {process.num_steps} steps")
 
