@@ -80,7 +80,7 @@ def read_contents(path: Path, networks: Networks, *, strict: bool = True) -> Con
     for stem, found in modules.items():
         tensors = {kind: tensor.read() for kind, tensor in found.items()}
         made[stem] = _change(f"{path}: {stem}", stem, tensors, known[stem], networks, _config_of(stem, configs))
-    empty = [stem for stem, change in made.items() if isinstance(change, LowRank) and not change.rank]
+    empty = [stem for stem, change in made.items() if isinstance(change, LowRank) and not change.rank * change.scale]
     changes = _by_site(path, {stem: change for stem, change in made.items() if stem not in empty}, known, networks)
     return Contents(changes, _notes(keys, stray, empty))
 
@@ -131,7 +131,7 @@ def _same(a: Change, b: Change) -> bool:
 def _notes(keys: Keys, stray: str, empty: list[str]) -> list[str]:
     notes = [f"left out: {stray}"] if stray else []
     if empty:
-        notes.append(f"of rank 0, which changes nothing: {listing(empty)}")
+        notes.append(f"layers whose rank or alpha is 0, which changes nothing: {listing(empty)}")
     if keys.embeddings:
         words = listing(keys.embeddings)
         notes.append(f"left out: the embeddings bundled with it, which its trigger words would need: {words}")

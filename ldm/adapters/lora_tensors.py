@@ -143,11 +143,10 @@ def _hadamard(tensors: Tensors, shape: torch.Size, numbers: Numbers) -> Change:
 def _kronecker(tensors: Tensors, shape: torch.Size, numbers: Numbers) -> Change:
     """Of two whole matrices, alpha means something to PEFT alone."""
     factors = _named(tensors, "lokr_")
-    rank = kronecker_rank(factors)
-    if not rank and numbers.whole_rank:
-        factors["w1"] = factors["w1"] * numbers.scale(numbers.whole_rank)
-        return Kronecker(factors)
-    return Kronecker(factors, numbers.scale(rank) if rank else numbers.scalar)
+    if rank := kronecker_rank(factors):
+        return Kronecker(factors, numbers.scale(rank))
+    factors["w1"] = factors["w1"] * (numbers.scale(numbers.whole_rank) if numbers.whole_rank else numbers.scalar)
+    return Kronecker(factors)
 
 
 def _full(tensors: Tensors, shape: torch.Size, numbers: Numbers) -> Change:

@@ -8,6 +8,7 @@ attached.detach()                                           the model as it was,
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,9 @@ from ldm.adapters.training import base_of, networks_of
 from ldm.data.hints import canny, grey, inpaint, palette, sketch
 from ldm.data.transforms import resize_crop
 from ldm.io.images import read_image
+from ldm.io.stored import index_tensors
 from ldm.utils.errors import ConfigError, DataError, WeightsError
+from ldm.weights.controlnet import other_kind
 from ldm.weights.load import load_model
 
 COMPOSITIONS = ("merge", "switch", "composite")
@@ -143,6 +146,9 @@ class Attached:
 
     def _control(self, component: str, hint: Hint) -> Control:
         p = next(self.base.parameters())
+        path = Path(hint.path)
+        if path.is_file() and (words := other_kind(index_tensors(path))):
+            raise WeightsError(f"{path}: {words}")
         network = load_model(hint.path, component, p.dtype, p.device)
         try:
             check_base(network, self.base)

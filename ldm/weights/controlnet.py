@@ -1,6 +1,6 @@
 """ControlNets in published files: names (tables as in `ledger`) and arguments of our constructor.
 
-The trunk is named as the UNet that it was copied from. Control-LoRA and LLLite are other formats.
+The trunk is named as the UNet that it was copied from. OTHERS are formats that are not read.
 """
 
 import re
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.models.controlnet import ControlNet
 from ldm.models.unet import UNet
+from ldm.utils.errors import WeightsError
 from ldm.weights import formats, unet
 from ldm.weights.formats import Config, Shapes, check_fixed
 from ldm.weights.ledger import Names, to_ours, to_theirs, translate
@@ -18,6 +19,16 @@ from ldm.weights.ledger import Names, to_ours, to_theirs, translate
 PREFIX = "control_model."  # of original files
 CLASS = "ControlNetModel"  # in config.json
 FIXED = {"controlnet_conditioning_channel_order": "rgb"}
+OTHERS = {  # a piece of a key -> what steers in another way and has such keys; the first row that matches
+    r"^lora_controlnet$": "a Control-LoRA, layers of low rank that go with the weights of its base",
+    r"^difference$": "a ControlNet stored as the difference to its base, which would have to be added",
+    r"lllite_": "a ControlNet-LLLite",
+    r"task_embedding$|control_add_embedding\.|spatial_ch_projs\.": "a ControlNet-Union",
+    r"enc_zero_convs|ctrl_to_base|base_to_ctrl|middle_block_in\.": "a ControlNet-XS",
+    r"^(mid_convs|down_res)\.\d": "a ControlNeXt",
+    r"transformer_layes\.|style_embedding$|spatial_pos": "a style adapter or the fuser of CoAdapters",
+    r"controlnet_blocks\.|controlnet_x_embedder\.|pos_embed_input\.": "a ControlNet of a transformer (SD3 or FLUX)",
+}
 ONLY_UNET = (  # in the config.json of a UNet and not of a ControlNet
     "sample_size", "out_channels", "up_block_types", "center_input_sample", "dual_cross_attention",
     "time_embedding_type", "attention_type", "conv_in_kernel", "conv_out_kernel",
@@ -86,8 +97,17 @@ def from_config(config: Config) -> Config:
     }
 
 
+def other_kind(keys: Iterable[str]) -> str | None:
+    """The one of OTHERS that has such keys, in words for an error message."""
+    lines = "\n".join(keys)
+    words = next((words for pattern, words in OTHERS.items() if re.search(pattern, lines, re.MULTILINE)), None)
+    return words and f"{words}, is not read here; take the whole ControlNet of that kind"
+
+
 def from_shapes(shapes: Shapes) -> Config:
     """Arguments of `build` from a file of original layout; whether it pools, no shape tells: only "shuffle" does."""
+    if words := other_kind(shapes):
+        raise WeightsError(words)
     base = {**shapes, "out.2.weight": shapes["input_blocks.0.0.weight"][1::-1]}  # as many channels out as in
     hints = [shape for key, shape in shapes.items() if re.fullmatch(r"input_hint_block\.\d+\.weight", key)]
     widths = [shapes[f"input_hint_block.{4 * i}.weight"][0] for i in range(len(hints) // 2)]
