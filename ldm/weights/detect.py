@@ -9,6 +9,8 @@ from ldm.weights.parts import find_parts
 
 MAX_LINES = 1 << 20  # characters of names that are looked at; the longest published file has a third of that
 ADDITIONS: dict[str, str] = {  # a piece of a key -> what has such keys; the first row that matches
+    r"^difference$": "a ControlNet stored as the difference to its base",
+    r"^lora_controlnet$": "a Control-LoRA",
     r"lora_(up|down|A|B|unet|te)|\.lora[._]|lora_layer|hada_w|lokr_w|oft_": "a LoRA, to be put in a base (lora=FILE)",
     r"^ip_adapter\.|^image_proj\.": "an IP-Adapter, an addition to a base model",
     r"control_model\.|controlnet_|input_hint_block": "a ControlNet, to be put beside a base (controlnet=FILE)",
