@@ -111,8 +111,7 @@ def fit(
         state = session.resume()
         signals = stack.enter_context(Signals())
         report = stack.enter_context(Report(run.path, trainer, hooks or Hooks(), signals, state, world))
-        model = world.wrap(objective)
-        batches = batches_from(state["step"])
+        model, batches = world.wrap(objective), batches_from(state["step"])
         for step in range(state["step"] + 1, trainer.steps + 1):
             torch.manual_seed(key(seed, "model", step, world.rank))
             lr = set_lr(optimizer, lr_schedule(step, trainer.steps))
