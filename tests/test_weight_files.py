@@ -84,8 +84,10 @@ def test_a_file_of_averages_alone(state, nets, tmp_path, capsys):
         }
         found = find_parts(averages_of(names), ema=None).parts["unet"].names
         assert found.keys() == {key.removeprefix(UNET_KEY) for key in names}
-    path = saved(tmp_path / "a.safetensors", averages_of(state))
-    assert same(load_model(path).state_dict(), nets["network"].state_dict())
+    others = {key: tensor for key, tensor in state.items() if not key.startswith(UNET_KEY)}
+    for rest in ({}, others):
+        path = saved(tmp_path / f"{len(rest)}.safetensors", rest | averages_of(state))
+        assert same(load_model(path).state_dict(), nets["network"].state_dict())
     assert "averages only" in capsys.readouterr().err
 
 

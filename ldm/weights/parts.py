@@ -38,6 +38,7 @@ UNDOTTED = re.compile(
     r"(diffusion_model|(?:input|output|transformer)_blocks|middle_block|time_embed|label_emb|(?:in|out|emb)_layers"
     r"|skip_connection|attn\d|to_[qkv]|to_out|norm\d?|proj_in|proj_out|proj|ff|net|op|conv|out|\d)(?=.)"
 )  # words of a UNet's names, in which averages have lost the dots
+MAX_AVERAGED, MAX_UNDOTTED = 5_000, 128  # averages of one UNet, and characters of a name: no published one has more
 MAX_OUTER = 8  # different beginnings of names in one file
 BESIDE = ("ema.", "ema_model.", "params_ema.")  # before those of one network, beside or instead of the others
 VISION = ("visual.", "vision_model.", "visual_projection.")  # the tower of CLIP that sees
@@ -121,13 +122,14 @@ def _find(keys: Iterable[str], ema: bool | None) -> Found:
     kept = {key for key in keys if not _is_extra(key)}
     averaged = {_undotted(key): key for key in keys if key.startswith(EMA) and key not in COUNTS}
     parts = _bare_parts(kept, "") or _placed_parts(kept) or _outer_parts(kept)
-    if not parts and (names := {_dotted(key): key for key in averaged.values()}):
+    used = {key for part in parts.values() for key in part.names.values()}
+    found = Found(parts, sorted(kept - used))
+    if "unet" not in parts and 0 < len(averaged) <= MAX_AVERAGED:
+        names = {_dotted(key): key for key in averaged.values() if len(key) < MAX_UNDOTTED}
         only = _placed_parts(names)
         named = {name: part._replace(names={their: names[key] for their, key in part.names.items()})
                  for name, part in only.items()}  # fmt: skip
-        return Found(named, sorted(kept), ONLY if named else "")
-    used = {key for part in parts.values() for key in part.names.values()}
-    found = Found(parts, sorted(kept - used))
+        return found._replace(parts=parts | named, averages=ONLY if named else "")
     return _choose(found, averaged, ema) if averaged and parts else found
 
 
