@@ -11,12 +11,13 @@ LAYERS = [
     {"nn", "diffusion", "samplers"},
     {"models", "conditioning", "data"},
     {"training", "adapters", "weights", "metrics"},
-    {"build", "sampling", "generate", "published", "cascade"},
+    {"build", "sampling", "generate", "published", "told", "cascade"},
     {"tools"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SIDEWAYS = {("samplers", "diffusion"), ("training", "adapters"), ("adapters", "weights"), ("sampling", "build"),
             ("generate", "build"), ("generate", "sampling"), ("published", "build"), ("published", "generate"),
+            ("published", "told"),
             ("cascade", "build"), ("cascade", "sampling"), ("cascade", "generate"), ("io", "utils")}  # fmt: skip
 FOREIGN = {"pickle", "tarfile", "zipfile", "yaml"}
 JUDGES = {"diffusers", "transformers", "peft", "lightning", "accelerate"}
