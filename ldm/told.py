@@ -12,7 +12,10 @@ SIZES = {"original_size": 0, "crop": 2, "target_size": 4}  # their first places 
 
 
 def tell(conditioner: Conditioner, system: str, options: Any) -> None:
-    """Tell what `options`, a `ldm.published.Options`, say. Raises ConfigError for a value that cannot be, or of a system that has no such thing."""
+    """Tell what `options`, a `ldm.published.Options`, say.
+
+    Raises ConfigError for a value that cannot be, or of a system that has no such thing.
+    """
     encoders = list(conditioner.encoders.values())
     texts = [encoder for encoder in encoders if isinstance(encoder, CLIPTextEncoder)]
     if options.clip_skip is not None:
