@@ -1,21 +1,21 @@
 """What a person says of published weights, told to their text encoders and sizes: `published` of sample.yaml."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ldm.conditioning.clip import CLIPTextEncoder
 from ldm.conditioning.conditioner import Conditioner
 from ldm.conditioning.sizes import AestheticScore, Sizes
 from ldm.utils.errors import ConfigError
 
-if TYPE_CHECKING:
-    from ldm.published import Options
-
 SIZES = {"original_size": 0, "crop": 2, "target_size": 4}  # their first places in `conditioning.sizes.NAMES`
 
 
-def tell(conditioner: Conditioner, system: str, options: "Options") -> None:
-    """Raise ConfigError for a value that cannot be, or of a system that has no such thing."""
+def tell(conditioner: Conditioner, system: str, options: Any) -> None:
+    """Tell what `options`, a `ldm.published.Options`, say.
+
+    Raises ConfigError for a value that cannot be, or of a system that has no such thing.
+    """
     encoders = list(conditioner.encoders.values())
     texts = [encoder for encoder in encoders if isinstance(encoder, CLIPTextEncoder)]
     if options.clip_skip is not None:
@@ -61,7 +61,7 @@ def tell_second_prompt(
         encoder.chunks = chunks
 
 
-def tell_sizes(encoders: Sequence[Sizes], system: str, options: "Options") -> None:
+def tell_sizes(encoders: Sequence[Sizes], system: str, options: Any) -> None:
     rows: tuple[dict[int, int], dict[int, int]] = ({}, {})
     for half, prefix in enumerate(("", "negative_")):
         for name, place in SIZES.items():

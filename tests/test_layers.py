@@ -11,14 +11,14 @@ LAYERS = [
     {"nn", "diffusion", "samplers"},
     {"models", "conditioning", "data"},
     {"training", "adapters", "weights", "metrics"},
-    {"build", "rebuild", "sampling", "generate", "published", "cascade"},
+    {"build", "rebuild", "drawing", "sampling", "generate", "published", "told", "cascade"},
     {"tools"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SIDEWAYS = {("samplers", "diffusion"), ("training", "adapters"), ("adapters", "weights"), ("sampling", "build"),
             ("generate", "build"), ("generate", "sampling"), ("published", "build"), ("published", "generate"),
-            ("cascade", "build"), ("cascade", "sampling"), ("cascade", "generate"), ("cascade", "rebuild"),
-            ("generate", "rebuild"), ("rebuild", "build"), ("io", "utils")}  # fmt: skip
+            ("published", "told"), ("cascade", "build"), ("cascade", "sampling"), ("cascade", "generate"),
+            ("cascade", "rebuild"), ("generate", "rebuild"), ("rebuild", "build"), ("io", "utils")}  # fmt: skip
 FOREIGN = {"pickle", "tarfile", "zipfile", "yaml"}
 JUDGES = {"diffusers", "transformers", "peft", "lightning", "accelerate"}
 FILES = sorted((ROOT / "ldm").rglob("*.py")) + [ROOT / "train.py", ROOT / "sample.py"]

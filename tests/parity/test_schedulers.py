@@ -62,7 +62,8 @@ CONFIGS = {
         said("DPMSolverMultistep", solver_order=order, solver_type=solver, algorithm_type=algorithm, **final)
         for order in (1, 2, 3)
         for solver in ("midpoint", "heun")
-        for algorithm, final in {"dpmsolver++": {}, "dpmsolver": MIN, "sde-dpmsolver++": {}, "sde-dpmsolver": MIN}.items()
+        for algorithm in ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
+        for final in ({} if "++" in algorithm else MIN,)
         if order < 3 or "sde" not in algorithm
     ],
     "ends of dpm-solver": [said("DPMSolverMultistep", solver_order=3, lower_order_final=False),
