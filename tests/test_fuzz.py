@@ -4,8 +4,8 @@ import pytest
 from fuzz import fuzz
 from fuzz_formats import FORMATS
 
-COUNTS = {"run": 60, "report": 30}  # slower than the others
-COUNT = 200
+COUNTS = {"run": 60, "report": 60}  # slower than the others
+COUNT = 120
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -54,7 +54,7 @@ class Process:
         """The t in [0, 1] whose sigma / alpha is `ratio`; beyond the process' range, the nearest."""
         if isinstance(ratio, Tensor):
             return self.invert(ratio.double()).to(ratio.dtype)
-        return self.invert(torch.tensor(ratio, dtype=torch.float64)).item()
+        return self.invert(torch.tensor(ratio, dtype=torch.float64, device="cpu")).item()
 
     def ratio(self, t: float) -> float:
         """sigma / alpha at a number t; infinite where there is no signal."""
@@ -73,7 +73,7 @@ class Process:
     def _at(self, t: float) -> tuple[tuple[float, float], float]:
         """Everything about one time as Python numbers, remembered: samplers come back to the same few times."""
         if t not in self._known:
-            time = torch.tensor(t, dtype=torch.float64)
+            time = torch.tensor(t, dtype=torch.float64, device="cpu")
             alpha, sigma = self.alpha_sigma(time)
             self._known[t] = (alpha.item(), sigma.item()), self.feed(time).item()
         return self._known[t]
