@@ -235,7 +235,8 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
     text = said(tmp_path, data)
     for words in ("1 pictures are used, 10 x 8 pixels", "1 .heic files: c.heic", "1 .pdf files: notes.pdf",
                   "1 files without a suffix: Makefile", "1 links to nothing: x.png",
-                  "5 hidden or of the system: .DS_Store, ._a.png, Thumbs.db, ...", "1 that cannot be read"):  # fmt: skip
+                  "5 hidden or of the system: .DS_Store, ._a.png, Thumbs.db, ...",
+                  "1 that cannot be read"):  # fmt: skip
         assert words in text.replace("__MACOSX/._a.png", "._a.png") or words in text, text
     assert "b.png" in text and len(text.splitlines()) < 24
     assert stamp(data) != stamp(read(tmp_path, {"a.png": PNG + b" "}))

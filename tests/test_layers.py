@@ -15,7 +15,8 @@ LAYERS = [
     {"tools"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-SIDEWAYS = {("samplers", "diffusion"), ("training", "adapters"), ("adapters", "weights"), ("sampling", "build"),
+SIDEWAYS = {("samplers", "diffusion"), ("generate", "drawing"), ("drawing", "sampling"),
+             ("training", "adapters"), ("adapters", "weights"), ("sampling", "build"),
             ("generate", "build"), ("generate", "sampling"), ("published", "build"), ("published", "generate"),
             ("published", "told"), ("cascade", "build"), ("cascade", "sampling"), ("cascade", "generate"),
             ("cascade", "rebuild"), ("generate", "rebuild"), ("rebuild", "build"), ("io", "utils")}  # fmt: skip
