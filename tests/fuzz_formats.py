@@ -276,7 +276,7 @@ def make_zip(folder: Path) -> None:
     with zipfile.ZipFile(folder / "data.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for path in files:
             archive.write(path, path.name)
-            archive.writestr(path.stem + ".txt", "a picture")
+            archive.writestr(path.name + ".txt", "a picture")
             path.unlink()
 
 
