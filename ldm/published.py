@@ -80,11 +80,7 @@ def load_published(
     name, device = system_of(weights, system, parts, options), pick_device(str(device))
     found = load_system(Path(weights), DTYPES[dtype], device, name=name, variant=variant, ema=ema, parts=parts,
                         formula=formula, has_texts=texts is not None, strict=options.strict)  # fmt: skip
-    say_prediction(found, options.prediction)
-    try:
-        cfg = compose("train", [f"system={name}", *overrides(found.settings)])
-    except WeightsError as error:
-        raise WeightsError(f"{found.path}: {error}") from error
+    cfg = config_of(found, name, options)
     if texts is not None:
         check_texts(texts, cfg["conditioner"], found)
         cfg["conditioner"] = without_texts(cfg["conditioner"])
@@ -104,6 +100,15 @@ def load_published(
             encoder.chunks = None  # long prompts continue, where training would cut them
     tell(conditioner, name, options)
     return Run(objective.to(device), cfg, step=0)
+
+
+def config_of(found: System, name: str, options: Options) -> dict:
+    """The config of a system with the process that its files say, and with the prediction that a person does."""
+    say_prediction(found, options.prediction)
+    try:
+        return compose("train", [f"system={name}", *overrides(found.settings)])
+    except WeightsError as error:
+        raise WeightsError(f"{found.path}: {error}") from error
 
 
 def read_texts(

@@ -256,14 +256,7 @@ def split_features(features: Sequence[Tensor], num_levels: int) -> tuple[Sequenc
 class VectorConditioning(nn.Module):
     """Time, and where they are used class, pooled text and sizes, as one vector added to every ResBlock: -> (B E)."""
 
-    def __init__(
-        self,
-        channels: int,
-        pooled_dim: int | None,
-        num_sizes: int,
-        num_classes: int | None,
-        size_dim: int = SIZE_DIM,
-    ):
+    def __init__(self, channels: int, pooled_dim: int | None, num_sizes: int, num_classes: int | None, size_dim: int):
         super().__init__()
         self.channels, self.size_dim = channels, size_dim
         self.out_dim = emb_dim = 4 * channels

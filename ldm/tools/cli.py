@@ -35,17 +35,7 @@ def entry(config_name: str) -> Callable:
         command = Command()
 
         def job(cfg: DictConfig) -> float | None:
-            settings = HydraConfig.get()
-            path = Path(settings.runtime.output_dir)
-            command.say(path, settings)
-            if settings.mode == RunMode.MULTIRUN:  # errors are raised: the sweep goes on, and fails at its end
-                return run_job(main, plain(cfg), path, settings.job.num, list(settings.overrides.task), command.sweep)
-            try:
-                return main(plain(cfg), path)
-            except LdmError as error:
-                if full_traceback:
-                    raise
-                _fail(error, error.exit_code)
+            return command.run(main, cfg, full_traceback)
 
         program = hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(job)
 
@@ -84,6 +74,20 @@ class Command:
         self.program, self.words = argv[0], argv[1:]
         self.again: str | None = None
         self.sweep = Sweep([word.partition("=")[0] for word in self.words if "=glob(" in word])
+
+    def run(self, main: Callable, cfg: DictConfig, full_traceback: bool) -> float | None:
+        """One job of the command, as Hydra starts it."""
+        settings = HydraConfig.get()
+        path = Path(settings.runtime.output_dir)
+        self.say(path, settings)
+        if settings.mode == RunMode.MULTIRUN:  # errors are raised: the sweep goes on, and fails at its end
+            return run_job(main, plain(cfg), path, settings.job.num, list(settings.overrides.task), self.sweep)
+        try:
+            return main(plain(cfg), path)
+        except LdmError as error:
+            if full_traceback:
+                raise
+            _fail(error, error.exit_code)
 
     def say(self, path: Path, settings: DictConfig) -> None:
         """Print where the results go and the command that continues, where there is a directory of its own."""
