@@ -8,9 +8,6 @@ COUNTS = {"run": 60, "report": 60}  # slower than the others
 COUNT = 120
 
 
-OPEN = {"zip", "peft"}  # with findings
-
-
-@pytest.mark.parametrize("name", sorted(FORMATS.keys() - OPEN))
+@pytest.mark.parametrize("name", sorted(FORMATS))
 def test_damaged_files_end_in_one_line(name):
     assert fuzz(name, COUNTS.get(name, COUNT)) == []

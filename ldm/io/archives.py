@@ -124,7 +124,7 @@ class ZipFolder:
         if self._process != os.getpid():  # a fork would share the file's position with its parent
             try:
                 self._archive, self._process = zipfile.ZipFile(self.path), os.getpid()
-            except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            except Exception as error:  # a damaged directory ends in as many
                 raise DataError(f"{self.path}: cannot be read as a zip file ({error})") from error
         return self._archive
 
