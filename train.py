@@ -38,7 +38,7 @@ def train(cfg: dict, path: Path, device, world) -> dict:
 def train_in(run, cfg: dict, device, world) -> dict:
     """Train in a run directory that is ours."""
     from ldm.adapters.training import export
-    from ldm.build import build_held_out, make, write_config
+    from ldm.build import build_held_out, make
     from ldm.data.loader import batches
     from ldm.tools.class_images import check_reads_text, with_class_images
     from ldm.tools.previews import Previews
@@ -63,7 +63,7 @@ def train_in(run, cfg: dict, device, world) -> dict:
                    world_size=world.size, workers=0 if cfg["cache"] else trainer.workers)  # fmt: skip
     previews = Previews(cfg, path, data if cfg["dreambooth"] else build_held_out(cfg["data"], data), objective, ema)
     logger = make(cfg["logger"], "logger", run_dir=path, config=cfg) if cfg["logger"] else None
-    hooks = Hooks(previews.sample, previews.evaluate, logger, lambda step: write_config(path / "config.yaml", cfg))
+    hooks = Hooks(previews.sample, previews.evaluate, logger, lambda step: describe(cfg, data, path))
     run.config = cfg
     with profiled(path, cfg["profile"]):
         summary = fit(objective, lambda step: feed(start_step=step), optimizer, trainer, run, ema=ema, hooks=hooks,
@@ -71,6 +71,15 @@ def train_in(run, cfg: dict, device, world) -> dict:
     if adapters and world.is_main:
         export(ema.applied(objective) if ema else objective, adapters, path / "adapter")
     return summary
+
+
+def describe(cfg: dict, data, path: Path) -> None:
+    """Leave in a run directory, for people, what it is trained with: the resolved config, and what the data hold."""
+    from ldm.build import write_config
+    from ldm.tools.dataset import write_data
+
+    write_config(path / "config.yaml", cfg)
+    write_data(data, path)
 
 
 def assemble(cfg: dict, data, path: Path, resume: str | None, device, world) -> tuple:
@@ -82,15 +91,16 @@ def assemble(cfg: dict, data, path: Path, resume: str | None, device, world) -> 
 
     from ldm.build import build_adapters, build_conditioner, build_objective
     from ldm.tools.begin import begin_run
-    from ldm.tools.dataset import check_conditions, report_data
+    from ldm.tools.dataset import check_conditions, show_data
     from ldm.tools.precompute import precompute
     from ldm.utils.seeding import key
 
     start = begin_run(cfg, path, resume)
     cfg.update(start.config)
     if world.is_main:
-        report_data(data, path)
-    check_conditions(data, cfg["conditioner"], start.stored.get("conditioner", {}), loose=bool(cfg["weights"]))
+        show_data(data)
+    if not cfg["dreambooth"]:  # whose data have captions
+        check_conditions(data, cfg["conditioner"], start.stored.get("conditioner", {}), loose=bool(cfg["weights"]))
     codec, cfg["codec"] = build_first_stage(cfg, start.stored, path, data, device, world, start.networks)
     torch.manual_seed(key(cfg["seed"], "init"))
     conditioner, cfg["conditioner"], files = build_conditioner(

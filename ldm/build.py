@@ -95,7 +95,7 @@ def assemble(target: Callable, node: Mapping, **interface: Any) -> Any:
         if value not in (None, MISSING, offered):
             raise ConfigError(f"{label}: {name}={value} in the config, but the rest of the system gives {offered}")
         if not fits(value, accepted[name].annotation):
-            raise ConfigError(f"{label}: {name}={str(value)[:80]!r} is of the wrong type; expected {accepted[name]}")
+            raise ConfigError(f"{label}: {name}={repr(value)[:80]} is of the wrong type; expected {accepted[name]}")
     arguments = node | {name: value for name, value in interface.items() if name in accepted}
     open_ = [name for name, value in arguments.items() if isinstance(value, str) and value == MISSING]
     if not is_partial:

@@ -281,7 +281,8 @@ def test_bad_input_is_one_line_and_leaves_the_base_as_it_was(files, run):
     save_model(T2IAdapter(3, [32, 64], unshuffle=2, halved=[1]), files / "wide.safetensors", "original")
     Image.new("L", (64, 64), 255).save(files / "large.png")
     plain, modules = draw(), list(run.objective.modules())
-    nothing = {"lora": [], "controlnet": [], "t2i_adapter": [], "composition": "merge", "every": 5}
+    nothing = {"lora": [], "controlnet": [], "t2i_adapter": [], "composition": "merge", "every": 5,
+                   "dialect": {"guess_decay": 0.825}}  # fmt: skip
     for given, message in refusals(files):
         with pytest.raises(LdmError, match=message) as error:
             attach(run, nothing | given)

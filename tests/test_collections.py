@@ -35,7 +35,8 @@ def prepared(name: str, source: Path, root: Path, monkeypatch):
     """The dataset that data=NAME reads after the command."""
     assert main([name, str(source), str(root)]) == 0
     monkeypatch.setenv("LDM_DATA", str(root))
-    return make(compose("train", [f"data={name}", "image_size=8", "data.held_out=0", "data.cache=false"])["data"])
+    node = compose("train", [f"data={name}", "image_size=8", "data.held_out=0", "data.cache=false"])["data"]
+    return make(node, "data")
 
 
 def test_emoji_of_a_package(tmp_path, monkeypatch):
@@ -116,4 +117,4 @@ def test_archives_of_something_else(tmp_path, capsys, kind):
 def test_where_to_get_what_is_not_there(tmp_path, monkeypatch, name, words):
     monkeypatch.setenv("LDM_DATA", str(tmp_path))
     with pytest.raises(DataError, match=f"no such folder or .zip file; .*{words}.* -m ldm.tools.prepare {name} FILE"):
-        make(compose("train", [f"data={name}"])["data"])
+        make(compose("train", [f"data={name}"])["data"], "data")

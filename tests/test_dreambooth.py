@@ -271,7 +271,7 @@ def test_images_need_words_and_there_must_be_images(photos, classes, tmp_path):
     with pytest.raises(DataError, match="have no captions; set dreambooth.instance_prompt"):
         mixture(photos, classes, instance_prompt=None)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty: no images .* found nothing"):
+    with pytest.raises(DataError, match="empty: no pictures .* found nothing"):
         tune(tmp_path / "run", tmp_path / "gone", tmp_path / "empty")
 
 

@@ -17,7 +17,7 @@ from test_data import picture, write
 from ldm.data.cache import identity, stamp
 from ldm.data.images import ImageFolder
 from ldm.data.loader import summary
-from ldm.tools.dataset import check_conditions, report_data
+from ldm.tools.dataset import check_conditions, show_data, write_data
 from ldm.utils.errors import DataError
 
 PNG = picture((9, 9, 9))
@@ -257,8 +257,9 @@ def test_names_that_are_not_utf8(tmp_path, caplog):
             Path(os.fsdecode(root + b"/" + folder + b"/" + name)).write_bytes(PNG if name != b"b.png" else b"")
     data = ImageFolder(str(tmp_path / "d"), image_size=4, split="train", max_bad_fraction=0.9)
     assert data.class_names == ["café", "the"] and set(data.captions()) == {"café", "the"}
-    report_data(data, tmp_path / "run")
-    text = (tmp_path / "run" / "data.txt").read_text("utf-8") + caplog.text + data.class_names[0] + identity(data)
+    show_data(data)
+    write_data(data, tmp_path)
+    text = (tmp_path / "data.txt").read_text("utf-8") + caplog.text + data.class_names[0] + identity(data)
     text.encode()  # nothing that cannot be written to a log
     assert stamp(data) and [data[i]["index"] for i in range(4)] and "café" in text
 
@@ -326,6 +327,8 @@ def test_the_summary_is_said_once_and_stands_in_the_run(tmp_path, caplog):
     caplog.set_level("INFO")
     data = read(tmp_path, {"a.png": PNG, "b.png": PNG})
     for run in ("run", "run/autoencoder"):
-        report_data(data, tmp_path / run)
+        (tmp_path / run).mkdir()
+        show_data(data)
+        write_data(data, tmp_path / run)
         assert (tmp_path / run / "data.txt").read_text().startswith(f"{tmp_path / 'd'}: 2 pictures are used")
     assert caplog.text.count("2 pictures are used") == 1

@@ -134,7 +134,7 @@ def test_config_yml(saved, tmp_path):
         "params: {activation: gelu}": "KeyError: 'att_pool_heads'",
         yaml.safe_dump({"params": params | {"activation": "relu"}}): "activation='relu' is unknown",
         yaml.safe_dump({"params": params | {"att_pool_heads": 48}}): "pool_heads=48 does not divide",
-        yaml.safe_dump({"params": params | {"num_head_channels": 32}}): "num_head_channels=32",
+        yaml.safe_dump({"params": params | {"num_head_channels": 7}}): "head_dim=7",
     }.items():
         (folder / "config.yml").write_text(text)
         with pytest.raises(WeightsError) as error:

@@ -22,13 +22,15 @@ ASKED = {  # field that a dataset may have -> what to do where it has none
 logger = logging.getLogger(__name__)
 
 
-def report_data(data: Any, path: Path) -> None:
-    """Write data.txt into a run directory and show it once, where the data are somebody's own pictures."""
-    text = summary(data)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / SUMMARY).write_text(text + "\n", encoding="utf-8")
-    if "\n" in text:
+def show_data(data: Any) -> None:
+    """Show once what was found and is used, where the data are somebody's own pictures."""
+    if "\n" in (text := summary(data)):
         _say(text)
+
+
+def write_data(data: Any, path: Path) -> None:
+    """Write data.txt into a run directory: what was found and is used."""
+    (path / SUMMARY).write_text(summary(data) + "\n", encoding="utf-8")
 
 
 @cache

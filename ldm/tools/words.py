@@ -199,13 +199,14 @@ def check_added(word: str, key: str, value: str, config_name: str, cfg: Callable
     if key.startswith("hydra.") or "@" in key or "/" in key:
         return
     *path, last = key.split(".")
-    node = settings = cfg()
+    node, is_read = (settings := cfg()), False
     for name in path:
         node = node.get(name) if isinstance(node, dict) else None
+        is_read |= isinstance(node, dict) and "_target_" in node  # and so is a table that it is given
     is_there = isinstance(node, dict) and last in node
     if is_there and not word.startswith("++"):
         raise ConfigError(f"{word}: '{key}' is there already; leave out the +: {_typed(key, value)}")
-    if not is_there and not (isinstance(node, dict) and "_target_" in node):
+    if not is_there and not (is_read and isinstance(node, dict)):
         raise ConfigError(f"{word}: nothing reads '{key}'{nearest(key, effective(settings))}")
 
 
