@@ -14,7 +14,7 @@ from ldm.models.unet import UNet
 from ldm.utils.errors import WeightsError
 from ldm.weights import formats, unet
 from ldm.weights.formats import Config, Shapes, check_fixed
-from ldm.weights.ledger import Names, to_ours, to_theirs, translate
+from ldm.weights.ledger import Names, first_row, to_ours, to_theirs, translate
 
 PREFIX = "control_model."  # of original files
 CLASS = "ControlNetModel"  # in config.json
@@ -99,8 +99,7 @@ def from_config(config: Config) -> Config:
 
 def other_kind(keys: Iterable[str]) -> str | None:
     """The one of OTHERS that has such keys, in words for an error message."""
-    lines = "\n".join(keys)
-    words = next((words for pattern, words in OTHERS.items() if re.search(pattern, lines, re.MULTILINE)), None)
+    words = first_row(OTHERS, keys)
     return words and f"{words}, is not read here; take the whole ControlNet of that kind"
 
 

@@ -1,16 +1,14 @@
 """What a file of weights looks like, in words for people: what it is for, or what it is if nothing here reads it."""
 
-import re
 from collections.abc import Callable, Iterable
 
+from ldm.weights.controlnet import OTHERS
 from ldm.weights.formats import Shapes
-from ldm.weights.ledger import listing
+from ldm.weights.ledger import first_row, listing
 from ldm.weights.parts import find_parts
 
-MAX_LINES = 1 << 20  # characters of names that are looked at; the longest published file has a third of that
 ADDITIONS: dict[str, str] = {  # a piece of a key -> what has such keys; the first row that matches
-    r"^difference$": "a ControlNet stored as the difference to its base",
-    r"^lora_controlnet$": "a Control-LoRA",
+    **{key: OTHERS[key] for key in (r"^difference$", r"^lora_controlnet$")},
     r"lora_(up|down|A|B|unet|te)|\.lora[._]|lora_layer|hada_w|lokr_w|oft_": "a LoRA, to be put in a base (lora=FILE)",
     r"^ip_adapter\.|^image_proj\.": "an IP-Adapter, an addition to a base model",
     r"control_model\.|controlnet_|input_hint_block": "a ControlNet, to be put beside a base (controlnet=FILE)",
@@ -88,9 +86,9 @@ def looks_like(shapes: Shapes) -> str:
     """What a table of tensors seems to be, in words for an error message."""
     parts = find_parts(shapes, ema=False).parts
     is_system = len(parts) > 1  # which has CLIP's keys too
-    if words := (not is_system and _first_row(ADDITIONS, shapes)) or stranger(shapes):
+    if words := (not is_system and first_row(ADDITIONS, shapes)) or stranger(shapes):
         return words
-    if words := not is_system and _first_row(LOOKS, shapes):
+    if words := not is_system and first_row(LOOKS, shapes):
         return words
     if not parts:
         return f"nothing known: {listing(sorted(shapes))} tensors" if shapes else "an empty file"
@@ -102,12 +100,7 @@ def looks_like(shapes: Shapes) -> str:
 
 def stranger(keys: Iterable[str]) -> str | None:
     """What nothing here reads and these names are of; None for what may be known."""
-    return _first_row(STRANGERS, keys)
-
-
-def _first_row(table: dict[str, str], keys: Iterable[str]) -> str | None:
-    lines = "\n".join(keys)[:MAX_LINES]
-    return next((words for pattern, words in table.items() if re.search(pattern, lines, re.MULTILINE)), None)
+    return first_row(STRANGERS, keys)
 
 
 def class_words(name: str) -> str:

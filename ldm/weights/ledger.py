@@ -6,7 +6,7 @@ several tensors of theirs, stacked along the first axis. Values are never change
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -16,6 +16,7 @@ from ldm.utils.errors import WeightsError
 
 Table = Sequence[tuple[str, ...]]
 Names = dict[str, tuple[str, ...]]  # our key -> their keys
+MAX_LINES = 1 << 20  # characters of names that are looked at; the longest published file has a third of that
 
 
 class Mismatch(WeightsError):
@@ -96,3 +97,9 @@ def equal(a: Tensor, b: Tensor) -> bool:
 def listing(keys: list[str]) -> str:
     """The first three keys and how many there are."""
     return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "none"
+
+
+def first_row(table: dict[str, str], keys: Iterable[str]) -> str | None:
+    """The words of the first pattern that one of the keys has; None where none has."""
+    lines = "\n".join(keys)[:MAX_LINES]
+    return next((words for pattern, words in table.items() if re.search(pattern, lines, re.MULTILINE)), None)
